@@ -1,0 +1,1 @@
+"""Measuring, counting and inspecting: the benchmark core, its baselines and reports, the traffic counter."""
