@@ -1,0 +1,208 @@
+"""The one way a kernel is launched.
+
+``launch`` guards the device, reports to whoever observes (traffic counting, the ahead-of-time lane), leaves meta
+tensors to the observers alone, and says plainly when nothing here could run the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor
+from triton.runtime import JITFunction
+from triton.runtime.driver import driver
+
+__all__ = ["Config", "Launch", "RepresentativeCall", "UnsupportedConfig", "launch", "observe_launches"]
+
+
+class UnsupportedConfig(ValueError):
+    """The config cannot serve this call: a shape, dtype or device that it does not allow."""
+
+
+class Config:
+    """Compile-time choices of one launch: tile sizes and flags by name, warps per block, pipeline stages.
+
+    Hashable and comparable. ``config["BLOCK_M"]``, ``config.BLOCK_M`` and ``config.get("SPLIT_K", 1)`` read it;
+    ``config.replace(num_stages=3)`` gives a changed copy.
+    """
+
+    __slots__ = ("_hash", "maxnreg", "meta", "num_stages", "num_warps", "options")
+
+    def __init__(self, *, num_warps: int = 4, num_stages: int = 2, maxnreg: int | None = None, **meta: Any):
+        self.meta: dict[str, Any] = meta
+        self.num_warps = num_warps
+        self.num_stages = num_stages
+        self.maxnreg = maxnreg
+        # What Triton takes as launch options; built once, a launch is a few microseconds.
+        self.options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        if maxnreg is not None:
+            self.options["maxnreg"] = maxnreg
+        self._hash = hash((num_warps, num_stages, maxnreg, tuple(sorted(meta.items()))))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.meta[name]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.meta[name]
+        except KeyError:
+            raise AttributeError(f"config has no {name!r} (it has {', '.join(self.meta)})") from None
+
+    def __reduce__(self):
+        return _rebuild_config, (self.num_warps, self.num_stages, self.maxnreg, self.meta)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.meta.get(name, default)
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with these tile sizes or options changed."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return Config(**{**options, **self.meta, **changes})
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Config):
+            return NotImplemented
+        return self.options == other.options and self.meta == other.meta
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return "Config(" + ", ".join(f"{k}={v}" for k, v in {**self.meta, **self.options}.items()) + ")"
+
+
+def _rebuild_config(num_warps, num_stages, maxnreg, meta) -> Config:
+    return Config(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg, **meta)
+
+
+@dataclass
+class Launch:
+    """One kernel launch as an observer sees it.
+
+    ``args`` are the kernel's positional arguments, ``constexprs`` everything passed by name (the config's tile sizes
+    included), ``reads``/``writes`` the tensors it moves, ``bytes`` each of those once in full, ``flops`` the work it
+    stands for (a multiply-add is two).
+    """
+
+    kernel: Any
+    name: str
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    config: Config
+    reads: tuple[torch.Tensor, ...]
+    writes: tuple[torch.Tensor, ...]
+    flops: int
+    bytes_read: int = field(init=False)
+    bytes_written: int = field(init=False)
+
+    def __post_init__(self):
+        self.bytes_read = sum(t.numel() * t.element_size() for t in self.reads)
+        self.bytes_written = sum(t.numel() * t.element_size() for t in self.writes)
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
+
+
+@dataclass(frozen=True)
+class RepresentativeCall:
+    """A call that stands for a class of shapes: ``thunk(config)`` runs it on meta tensors (see ``kernels``)."""
+
+    name: str
+    thunk: Callable[[Config | None], Any]
+
+
+# Process-wide, because autograd launches backward kernels from its own threads.
+_observers: tuple[Callable[[Launch], None], ...] = ()
+_observers_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def observe_launches(callback: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside the block, ``callback(Launch)`` is called before every launch, those on meta tensors included."""
+    global _observers
+    with _observers_lock:
+        _observers = (*_observers, callback)
+    try:
+        yield
+    finally:
+        with _observers_lock:
+            position = len(_observers) - 1 - _observers[::-1].index(callback)
+            _observers = _observers[:position] + _observers[position + 1 :]
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    config: Config,
+    reads: Sequence[torch.Tensor | None] = (),
+    writes: Sequence[torch.Tensor],
+    flops: int = 0,
+    **constexprs: Any,
+) -> None:
+    """Runs ``kernel[grid](*args, **constexprs, **config)`` on the device of ``writes[0]``.
+
+    kernel: a ``@triton.jit`` function, native or interpreted.
+    grid: 1 to 3 ints; nothing is launched where one is zero.
+    reads, writes: the tensors moved, for observers (``None`` entries are dropped); ``writes`` must name one.
+
+    On meta and fake tensors only the observers see the launch. Raises ``RuntimeError`` where no Triton driver can
+    run the kernel on these tensors.
+    """
+    if 0 in grid:
+        return
+    if _observers:
+        record = Launch(
+            kernel,
+            kernel_name(kernel),
+            tuple(grid),
+            args,
+            {**config.meta, **constexprs},
+            config,
+            tuple(t for t in reads if t is not None),
+            tuple(t for t in writes if t is not None),
+            flops,
+        )
+        for observer in _observers:
+            observer(record)
+    anchor = writes[0]
+    if anchor.is_meta or isinstance(anchor, FakeTensor):
+        return
+    if anchor.is_cuda:
+        index = anchor.get_device()
+        if index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                kernel[grid](*args, **config.meta, **constexprs, **config.options)
+            return
+    elif isinstance(kernel, JITFunction):
+        _require_driver_for(anchor, kernel)
+    kernel[grid](*args, **config.meta, **constexprs, **config.options)
+
+
+def kernel_name(kernel: Any) -> str:
+    """The Python name of a kernel, compiled or interpreted."""
+    return getattr(kernel, "fn", kernel).__name__
+
+
+def _require_driver_for(tensor: torch.Tensor, kernel: JITFunction) -> None:
+    """An emulator or a CPU driver may serve CPU tensors; Triton's own GPU drivers may not."""
+    try:
+        active = driver.active
+        native = type(active).__module__.startswith("triton.backends.")
+        if not native or active.get_current_target().backend not in ("cuda", "hip"):
+            return
+        fact = f"Triton's active driver is for {active.get_current_target().backend}"
+    except RuntimeError as error:
+        fact = f"Triton {triton.__version__} has no driver here: {error}"
+    raise RuntimeError(
+        f"{kernel_name(kernel)}: cannot run on a tensor on {tensor.device} ({fact}). Move the tensors to a CUDA "
+        'device, use backend="library" or "reference", or set TRITON_INTERPRET=1 to run kernels in the interpreter.'
+    )
