@@ -1,0 +1,76 @@
+# make demo, make test: both make the environment in $(VENV) first, where it is not there yet.
+#
+# Choices, all on the command line: PYTHON=python3.12, VENV=/path, CONSTRAINTS=/dev/null (newest versions),
+# JOBS=4 (test processes), ARGS="-k conv" (passed on to pytest, the demo or the benchmark).
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= .ci/constraints.txt
+OLDEST_VENV ?= .venv-oldest-triton
+OLDEST_CONSTRAINTS ?= .ci/constraints-oldest-triton.txt
+JOBS ?= 2
+ARGS ?=
+
+RUN = $(VENV)/bin/python
+STAMP = $(VENV)/.installed
+OLDEST_RUN = $(OLDEST_VENV)/bin/python
+OLDEST_STAMP = $(OLDEST_VENV)/.installed
+# One thread in each test process: the processes already fill the cores.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+.PHONY: help install demo test test-slow test-oldest-triton aot lint format bench readme-table dist clean
+
+help:
+	@echo "make demo | test | test-slow | test-oldest-triton | aot | lint | format | bench | readme-table | dist | clean"
+
+install: $(STAMP)
+
+# setuptools and wheel come first: the package itself is then built without an isolated environment.
+$(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e ".[test]"
+	@touch $@
+
+$(OLDEST_STAMP): setup.py pyproject.toml $(OLDEST_CONSTRAINTS)
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_RUN) -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel
+	$(OLDEST_RUN) -m pip install --quiet --disable-pip-version-check -c $(OLDEST_CONSTRAINTS) \
+		torch triton numpy pytest pytest-xdist hypothesis expecttest
+	$(OLDEST_RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(OLDEST_CONSTRAINTS) -e .
+	@touch $@
+
+demo: $(STAMP)
+	$(RUN) examples/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(PYTEST) -n $(JOBS) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -n $(JOBS) -m slow $(ARGS)
+
+# The kernels and the ops on them once more, with the oldest supported Triton.
+test-oldest-triton: $(OLDEST_STAMP)
+	OMP_NUM_THREADS=1 $(OLDEST_RUN) -m pytest -n $(JOBS) -m "not slow" tests/kernels tests/lanes tests/fused $(ARGS)
+
+# Compiles every kernel, shipped configuration and architecture ahead of time, and records what came out.
+aot: $(STAMP)
+	$(RUN) -m fastnets.bench.static --full $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(STAMP)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(STAMP)
+	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 $(ARGS)
+
+dist: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check build
+	$(RUN) -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
