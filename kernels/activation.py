@@ -1,7 +1,8 @@
 """Activations as device functions, for the epilogue of every kernel.
 
-``activate(x, ACTIVATION, negative_slope)`` takes fp32 and a compile-time name. NaN propagates and the infinities give
-what PyTorch gives. Only arithmetic that Triton's interpreter runs too: no libdevice calls, no inline assembly.
+``activate(x, ACTIVATION, negative_slope)`` takes fp32 and a compile-time name. NaN propagates and the
+infinities give what PyTorch gives. Only arithmetic that Triton's interpreter runs too: no libdevice calls,
+no inline assembly.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def _clamp_0_6(x):
 
 @triton.jit
 def _tanh(x):
-    # 1 - 2 / (exp(2|x|) + 1) cancels near 0: an odd polynomial there, fitted to tanh(x)/x in z = x^2 (relative
-    # error 7e-9 on |x| < 0.65 before rounding, 1.4 half-ulps after).
+    # 1 - 2 / (exp(2|x|) + 1) cancels near 0: an odd polynomial there, fitted to tanh(x)/x in z = x^2
+    # (relative error 7e-9 on |x| < 0.65 before rounding, 1.4 half-ulps after).
     z = x * x
     p = -0.005528636276721954 * z + 0.020483318716287613
     p = p * z - 0.05369297042489052

@@ -1,10 +1,11 @@
 """What the heuristics know of a GPU: the figures of the one at hand, or of one named in its absence.
 
-Nothing is queried at import. ``current_device(tensor)`` asks ``torch.cuda`` for tensors on CUDA; elsewhere (meta
-tensors, an interpreter) it answers with the device of ``with assume_device("h100"):``, and with an A100 at last.
+Nothing is queried at import. ``current_device(tensor)`` asks ``torch.cuda`` for tensors on CUDA; elsewhere
+(meta tensors, an interpreter) it answers with the device of ``with assume_device("h100"):``, and with an
+A100 at last.
 
-Sources of the table: NVIDIA's CUDA C++ programming guide (limits per compute capability) and the data sheets of the
-products (multiprocessors, memory bandwidth, dense tensor-core rates with fp32 accumulation).
+Sources of the table: NVIDIA's CUDA C++ programming guide (limits per compute capability) and the data
+sheets of the products (multiprocessors, memory bandwidth, dense tensor-core rates with fp32 accumulation).
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ _queried: tuple[object, dict[int, Device]] = (None, {})
 
 
 def device_for_capability(capability: int) -> Device:
-    """The product that stands for ``capability`` (80, 90, ...): the nearest one below for a capability not listed."""
+    """The product that stands for ``capability`` (80, 90, ...): the nearest one below if it is not listed."""
     known = [c for c in _BY_CAPABILITY if c <= capability]
     if not known:
         raise ValueError(f"compute capability {capability} is not supported (Triton needs 75 or later)")
@@ -115,7 +116,7 @@ def device_for_capability(capability: int) -> Device:
 
 @contextlib.contextmanager
 def assume_device(device: str | int | Device) -> Iterator[Device]:
-    """Inside the block, tensors that are on no GPU are planned for ``device``: a name, a capability or a Device."""
+    """Tensors that are on no GPU are planned for ``device`` inside: a name, a capability or a Device."""
     if isinstance(device, str):
         if device not in DEVICES:
             raise ValueError(f"unknown device {device!r} (known: {', '.join(sorted(DEVICES))})")
@@ -132,7 +133,8 @@ def assume_device(device: str | int | Device) -> Iterator[Device]:
 def current_device(tensor: torch.Tensor | None = None) -> Device:
     """The GPU that a launch on ``tensor`` is planned for.
 
-    A CUDA tensor's own device; else the assumed one; else the current CUDA device where there is one; else an A100.
+    A CUDA tensor's own device; else the assumed one; else the current CUDA device where there is one; else
+    an A100.
     """
     if tensor is not None and tensor.is_cuda and not tensor.is_meta:
         return _query(tensor.get_device())

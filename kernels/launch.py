@@ -1,7 +1,7 @@
 """The one way a kernel is launched.
 
-``launch`` guards the device, reports to whoever observes (traffic counting, the ahead-of-time lane), leaves meta
-tensors to the observers alone, and says plainly when nothing here could run the kernel.
+``launch`` guards the device, reports to whoever observes (traffic counting, the ahead-of-time lane), leaves
+meta tensors to the observers alone, and says plainly when nothing here could run the kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class UnsupportedConfig(ValueError):
 class Config:
     """Compile-time choices of one launch: tile sizes and flags by name, warps per block, pipeline stages.
 
-    Hashable and comparable. ``config["BLOCK_M"]``, ``config.BLOCK_M`` and ``config.get("SPLIT_K", 1)`` read it;
-    ``config.replace(num_stages=3)`` gives a changed copy.
+    Hashable and comparable. ``config["BLOCK_M"]``, ``config.BLOCK_M`` and ``config.get("SPLIT_K", 1)`` read
+    it; ``config.replace(num_stages=3)`` gives a changed copy.
     """
 
     __slots__ = ("_hash", "maxnreg", "meta", "num_stages", "num_warps", "options")
@@ -85,9 +85,9 @@ def _rebuild_config(num_warps, num_stages, maxnreg, meta) -> Config:
 class Launch:
     """One kernel launch as an observer sees it.
 
-    ``args`` are the kernel's positional arguments, ``constexprs`` everything passed by name (the config's tile sizes
-    included), ``reads``/``writes`` the tensors it moves, ``bytes`` each of those once in full, ``flops`` the work it
-    stands for (a multiply-add is two).
+    ``args`` are the kernel's positional arguments, ``constexprs`` everything passed by name (the config's
+    tile sizes included), ``reads``/``writes`` the tensors it moves, ``bytes`` each of those once in full,
+    ``flops`` the work it stands for (a multiply-add is two).
     """
 
     kernel: Any
@@ -113,7 +113,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class RepresentativeCall:
-    """A call that stands for a class of shapes: ``thunk(config)`` runs it on meta tensors (see ``kernels``)."""
+    """A call that stands for a class of shapes: ``thunk(config)`` runs it on meta tensors."""
 
     name: str
     thunk: Callable[[Config | None], Any]
@@ -126,7 +126,7 @@ _observers_lock = threading.Lock()
 
 @contextlib.contextmanager
 def observe_launches(callback: Callable[[Launch], None]) -> Iterator[None]:
-    """Inside the block, ``callback(Launch)`` is called before every launch, those on meta tensors included."""
+    """``callback(Launch)`` is called before every launch inside the block, also for meta tensors."""
     global _observers
     with _observers_lock:
         _observers = (*_observers, callback)
@@ -154,8 +154,8 @@ def launch(
     grid: 1 to 3 ints; nothing is launched where one is zero.
     reads, writes: the tensors moved, for observers (``None`` entries are dropped); ``writes`` must name one.
 
-    On meta and fake tensors only the observers see the launch. Raises ``RuntimeError`` where no Triton driver can
-    run the kernel on these tensors.
+    On meta and fake tensors only the observers see the launch. Raises ``RuntimeError`` where no Triton
+    driver can run the kernel on these tensors.
     """
     if 0 in grid:
         return
@@ -203,6 +203,7 @@ def _require_driver_for(tensor: torch.Tensor, kernel: JITFunction) -> None:
     except RuntimeError as error:
         fact = f"Triton {triton.__version__} has no driver here: {error}"
     raise RuntimeError(
-        f"{kernel_name(kernel)}: cannot run on a tensor on {tensor.device} ({fact}). Move the tensors to a CUDA "
-        'device, use backend="library" or "reference", or set TRITON_INTERPRET=1 to run kernels in the interpreter.'
+        f"{kernel_name(kernel)}: cannot run on a tensor on {tensor.device} ({fact}). Move the tensors to a "
+        'CUDA device, use backend="library" or "reference", or set TRITON_INTERPRET=1 to run kernels in the '
+        "interpreter."
     )
