@@ -1,0 +1,208 @@
+"""The networks themselves: parameter counts, torchvision's keys and outputs, image sizes of every kind."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastnets.models import create_model, input_size, list_models
+
+# name: exact count of trainable parameters
+PARAMETERS = {
+    "lenet5": 61_706,
+    "lenet5_relu": 61_706,
+    "lenet5_1998": 60_000,
+    "mobilenet_v2": 3_504_872,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+}
+IN_TORCHVISION = [name for name in PARAMETERS if not name.startswith("lenet")]
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return create_model(name, **options)
+
+
+def torchvision_model(name, **options):
+    models = pytest.importorskip("torchvision.models", reason="torchvision is the reference here")
+    return getattr(models, name)(**options)
+
+
+def randomise(model, seed=0):
+    """Weights, and batch statistics as a trained network has them: no layer may be the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in model.state_dict().items():
+        if key.endswith("running_var"):
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+        elif value.is_floating_point() and value.dim() == 1:
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.2 + ("weight" in key))
+    return model
+
+
+def test_every_listed_model_is_counted_here():
+    assert sorted(PARAMETERS) == sorted(list_models())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    assert sum(p.numel() for p in on_meta(name).parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", IN_TORCHVISION)
+def test_state_dict_is_torchvisions(name):
+    with torch.device("meta"):
+        theirs = torchvision_model(name).state_dict()
+    ours = on_meta(name).state_dict()
+    assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [
+        (k, v.shape, v.dtype) for k, v in theirs.items()
+    ]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2"])
+@pytest.mark.parametrize("training", [False, True])
+def test_outputs_and_gradients_are_torchvisions(name, training):
+    stock = randomise(torchvision_model(name, num_classes=7)).train(training)
+    ours = create_model(name, num_classes=7, weights=stock.state_dict()).train(training)
+    x = torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for model in (stock, ours):
+        torch.manual_seed(2)  # dropout draws
+        out = model(x)
+        out.square().sum().backward()
+        outputs.append(out)
+    assert torch.equal(*outputs)
+    for (key, theirs), mine in zip(stock.named_parameters(), ours.parameters()):
+        assert torch.equal(theirs.grad, mine.grad), key
+    for key, value in stock.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[key]), key
+
+
+def test_mobilenet_width_is_torchvisions():
+    for width in (0.35, 0.5, 0.75, 1.4):
+        stock = torchvision_model("mobilenet_v2", width_mult=width).eval()
+        ours = create_model("mobilenet_v2", width_mult=width, weights=stock.state_dict()).eval()
+        x = torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(stock(x), ours(x)), width
+
+
+def test_resnet_options():
+    ours = create_model("resnet50", zero_init_residual=True, in_channels=1, num_classes=3)
+    assert not ours.layer1[0].bn3.weight.any()
+    assert ours.layer1[0].bn1.weight.all()
+    assert ours.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 3)
+    wider = create_model("resnet50", width_per_group=32, num_classes=3)
+    assert wider.layer1[0].conv2.weight.shape == (32, 32, 3, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 47), (64, 65)])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_any_image_size(name, size):
+    model = create_model(name, num_classes=5).eval()
+    with torch.no_grad():
+        out = model(torch.randn(2, 3, *size))
+    assert out.shape == (2, 5)
+    assert out.isfinite().all()
+
+
+def test_he_initialisation_keeps_gradients_in_scale():
+    torch.manual_seed(0)
+    conv = create_model("resnet18").layer3[0].conv2
+    wanted = (2 / (256 * 9)) ** 0.5  # fan-out
+    assert abs(conv.weight.std().item() / wanted - 1) < 0.02
+    conv = create_model("mobilenet_v2").features[18][0]
+    assert abs(conv.weight.std().item() / (2 / 1280) ** 0.5 - 1) < 0.02
+
+
+class TestLeNet:
+    @pytest.mark.parametrize("name", list_models("lenet5*"))
+    def test_forward_and_gradients(self, name):
+        torch.manual_seed(0)
+        model = create_model(name)
+        x = torch.randn(4, *input_size(name))
+        out = model(x)
+        assert out.shape == (4, 10)
+        nn.functional.cross_entropy(out, torch.tensor([1, 2, 3, 4])).backward()
+        for key, parameter in model.named_parameters():
+            assert parameter.grad.abs().sum() > 0, key
+
+    def test_teaching_form_is_the_written_out_network(self):
+        torch.manual_seed(0)
+        ours = create_model("lenet5", activation="tanh", pool="average")
+        layers = [m for m in ours.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        written_out = nn.Sequential(
+            *(layers[0], nn.Tanh(), nn.AvgPool2d(2), layers[1], nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
+            *(layers[2], nn.Tanh(), layers[3], nn.Tanh(), layers[4]),
+        )
+        x = torch.randn(3, 1, 28, 28)
+        assert torch.equal(ours(x), written_out(x))
+
+    def test_switches(self):
+        model = create_model("lenet5_relu")
+        assert isinstance(model.act1, nn.ReLU)
+        assert isinstance(model.pool2, nn.MaxPool2d)
+        with pytest.raises(ValueError, match="pool must be one of average, max, got 'mean'"):
+            create_model("lenet5", pool="mean")
+        with pytest.raises(ValueError, match=r"activation must be one of .*relu, got 'gelu'"):
+            create_model("lenet5", activation="gelu")
+
+    @pytest.mark.parametrize("name, size", [("lenet5", 32), ("lenet5_1998", 36)])
+    def test_wrong_image_size_is_named(self, name, size):
+        wanted = input_size(name)[1]
+        with pytest.raises(ValueError, match=f"give images of {wanted}×{wanted} pixels"):
+            create_model(name)(torch.randn(1, 1, size, size))
+
+    def test_original_counts_by_layer(self):
+        model = create_model("lenet5_1998")
+        counts = {
+            name: sum(p.numel() for p in getattr(model, name).parameters())
+            for name in ("c1", "s2", "c3", "s4", "c5", "f6", "output")
+        }
+        assert counts == {"c1": 156, "s2": 12, "c3": 1516, "s4": 32, "c5": 48120, "f6": 10164, "output": 0}
+
+    def test_c3_sees_only_its_inputs(self):
+        from fastnets.models.lenet import C3_SEES
+
+        c3 = create_model("lenet5_1998").c3.double()
+        x = torch.randn(1, 6, 14, 14, dtype=torch.float64)
+        before = c3(x)
+        for channel in range(6):
+            changed = x.clone()
+            changed[:, channel] += 1
+            moved = (c3(changed) - before).abs().amax((0, 2, 3)) > 1e-9
+            assert moved.tolist() == [channel in inputs for inputs in C3_SEES]
+        # Against one small convolution per output map.
+        position = 0
+        for k, inputs in enumerate(C3_SEES):
+            weight = c3.weight[position : position + len(inputs)]
+            position += len(inputs)
+            alone = nn.functional.conv2d(x[:, list(inputs)], weight[None], c3.bias[k : k + 1])
+            torch.testing.assert_close(before[:, k : k + 1], alone)
+
+    def test_subsampling_on_integers(self):
+        from fastnets.models.lenet import Subsampling
+
+        pool = Subsampling(1)
+        with torch.no_grad():
+            pool.weight.fill_(2)
+            pool.bias.fill_(-1)
+        x = torch.arange(16.0).reshape(1, 1, 4, 4)
+        assert pool(x).tolist() == [[[[2 * 10 - 1, 2 * 18 - 1], [2 * 42 - 1, 2 * 50 - 1]]]]
+
+    def test_output_codes_are_distances_to_ten_drawings(self):
+        from fastnets.models.lenet import CodeDistance
+
+        output = CodeDistance(84, 12)
+        assert output.codes.shape == (12, 84)
+        assert set(output.codes.flatten().tolist()) == {-1.0, 1.0}
+        scores = output(output.codes)
+        assert (scores.diagonal() == 0).all()  # each code is its own class's
+        assert (scores - torch.eye(12) < 0).all()  # and no other's
+        assert scores[0, 1] == -4 * (output.codes[0] != output.codes[1]).sum()
