@@ -1,0 +1,35 @@
+"""Lanes as a fixture (see ``tests/lanes.py``), and the same random numbers in every run."""
+
+import pytest
+import torch
+
+from tests.lanes import DEFAULT_LANES, LANES
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "lanes(*names): the lanes this test runs in, instead of the default ones"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "lane" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("lanes")
+    names = marker.args if marker else DEFAULT_LANES
+    params = [pytest.param(name, marks=[pytest.mark.gpu] if name == "gpu" else []) for name in names]
+    metafunc.parametrize("lane", params, indirect=True)
+
+
+@pytest.fixture
+def lane(request):
+    lane = LANES[request.param]
+    reason = lane.unavailable()
+    if reason:
+        pytest.skip(f"lane {lane.name}: {reason}")
+    return lane
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
