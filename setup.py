@@ -1,8 +1,8 @@
 """Packaging of fastnets.
 
 The source folders stand at the root of the repository (``kernels/``, ``fused/``, ...) and are installed as
-subpackages of ``fastnets``. The mapping below is the only place that knows about it; an editable install, a wheel
-and a source distribution all go through it.
+subpackages of ``fastnets``. The mapping below is the only place that knows about it; an editable install, a
+wheel and a source distribution all go through it.
 """
 
 import re
@@ -42,7 +42,7 @@ test = [
 setup(
     name="fastnets",
     version=version,
-    description="The networks you have, faster on the GPU you have: fused Triton layers for stock PyTorch networks.",
+    description="Stock PyTorch networks with fused layers, written in Triton: same weights, same answers.",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -51,7 +51,13 @@ setup(
     package_dir=package_dir,
     packages=packages,
     package_data={"fastnets": ["py.typed"]},
-    install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy", "rich>=13", "typer>=0.12"],
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "numpy",
+        "rich>=13",
+        "typer>=0.12",
+    ],
     extras_require={"bench": bench, "vision": vision, "examples": examples, "test": test},
     entry_points={"console_scripts": ["fastnets = fastnets.cli:main"]},
     classifiers=[

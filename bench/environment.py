@@ -56,7 +56,9 @@ def installed_version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree this file lies in, with ``+changes`` where the tree differs; None in a wheel."""
+    """Commit of the source tree this file lies in, with ``+changes`` where the tree differs; None in a
+    wheel.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:

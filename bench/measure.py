@@ -2,17 +2,17 @@
 
 Every figure of this repository that is a time comes from :func:`measure`. What makes two variants comparable:
 
-- they take turns. A *round* visits every variant once, in a fresh random order, so that a slow spell of the machine
-  (another process, a thermal limit) falls on all of them;
-- each is warmed up until its time stops falling, and a visit starts with a call that is thrown away, because the
-  variant before it has just emptied the caches;
-- the result is the median with the 20th and 80th percentile, and a ratio carries a bootstrap interval that resamples
-  whole rounds (:meth:`Comparison.ratio`);
+- they take turns. A *round* visits every variant once, in a fresh random order, so that a slow spell of the
+  machine (another process, a thermal limit) falls on all of them;
+- each is warmed up until its time stops falling, and a visit starts with a call that is thrown away,
+  because the variant before it has just emptied the caches;
+- the result is the median with the 20th and 80th percentile, and a ratio carries a bootstrap interval that
+  resamples whole rounds (:meth:`Comparison.ratio`);
 - process CPU time is kept beside wall time: where they fall apart, threads were waiting or spinning;
 - all raw samples are kept.
 
-On CUDA a call is timed by a pair of events, the L2 cache is overwritten before each call, and the wall time of a
-visit is taken around a synchronisation.
+On CUDA a call is timed by a pair of events, the L2 cache is overwritten before each call, and the wall time
+of a visit is taken around a synchronisation.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass
 class Samples:
-    """Times of one variant, in seconds per call; entry ``i`` of each list belongs to one visit in ``rounds[i]``.
+    """Times of one variant, in seconds per call; entry ``i`` of each list belongs to one visit in
+    ``rounds[i]``.
 
-    ``device`` holds CUDA event times (``None`` on CPU). ``failure`` says why there are no times, or no more of them.
+    ``device`` holds CUDA event times (``None`` on CPU). ``failure`` says why there are no times, or no more
+    of them.
     """
 
     name: str
@@ -101,8 +103,9 @@ class Comparison:
     def ratio(self, name: str, baseline: str, *, resamples: int = 2000, seed: int = 0) -> Ratio | None:
         """Median time of ``baseline`` over median time of ``name``; above 1 means that ``name`` is faster.
 
-        The interval is a percentile bootstrap over rounds: a resample draws the same rounds for both variants, so
-        what slowed both down in one round stays paired. ``None`` where the two share fewer than two rounds.
+        The interval is a percentile bootstrap over rounds: a resample draws the same rounds for both
+        variants, so what slowed both down in one round stays paired. ``None`` where the two share fewer
+        than two rounds.
         """
         ours, theirs = self.samples[name], self.samples[baseline]
         ours_by_round = dict(zip(ours.rounds, ours.times))
@@ -189,7 +192,9 @@ class _CudaClock:
 def _warm_up(
     call: Callable[[], Any], clock: Callable, samples: Samples, *, min_calls: int, max_seconds: float
 ) -> float:
-    """Call until the best of the last three is no longer 3 % below the best before them; return the last best."""
+    """Call until the best of the last three is no longer 3 % below the best before them; return the
+    last best.
+    """
     start = time.perf_counter()
     times: list[float] = []
     while True:
@@ -220,12 +225,12 @@ def measure(
 ) -> Comparison:
     """Time every variant, a callable without arguments, in interleaved rounds.
 
-    A visit repeats a short call until ``visit_seconds`` are filled, and gives one sample, in seconds per call.
-    ``max_seconds`` ends the rounds early (never before three of them). The caller decides about gradients: wrap the
-    callables in ``torch.inference_mode()`` where none are wanted.
+    A visit repeats a short call until ``visit_seconds`` are filled, and gives one sample, in seconds per
+    call. ``max_seconds`` ends the rounds early (never before three of them). The caller decides about
+    gradients: wrap the callables in ``torch.inference_mode()`` where none are wanted.
 
-    A variant that raises is taken out and its ``failure`` says why, running out of memory by name; the others go on.
-    Ctrl-C ends the measurement with every complete sample kept and ``interrupted`` set.
+    A variant that raises is taken out and its ``failure`` says why, running out of memory by name; the
+    others go on. Ctrl-C ends the measurement with every complete sample kept and ``interrupted`` set.
     """
     if not variants:
         raise ValueError("measure() was given no variants")

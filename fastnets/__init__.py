@@ -3,8 +3,8 @@
     import fastnets
     model = fastnets.optimize(torchvision.models.resnet50(weights="DEFAULT").eval())
 
-The public names are looked up when they are first used: importing fastnets imports neither Triton nor a kernel, and
-touches no GPU.
+The public names are looked up when they are first used: importing fastnets imports neither Triton nor a
+kernel, and touches no GPU.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fastnets.creation import create_model
     from fastnets.fused.check import check
     from fastnets.fused.dispatch import backend
     from fastnets.fused.explain import explain
     from fastnets.fused.optimize import optimize, restore
     from fastnets.fused.packing import refresh
-    from fastnets.models import create_model, list_models
+    from fastnets.models import list_models
 
 # public name -> the module that defines it
 _HOME = {
     "backend": "fastnets.fused.dispatch",
     "check": "fastnets.fused.check",
-    "create_model": "fastnets.models",
+    "create_model": "fastnets.creation",
     "explain": "fastnets.fused.explain",
     "list_models": "fastnets.models",
     "optimize": "fastnets.fused.optimize",

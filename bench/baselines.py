@@ -1,0 +1,141 @@
+"""The ways to run one stock network that a benchmark sets side by side.
+
+A variant takes the stock model (in eval mode, on its device, in its dtype) and returns what a user of that
+way would call, with the input laid out as that way wants it. Each works on a copy; the stock model is never
+touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+Prepared = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+class Unavailable(RuntimeError):
+    """This variant cannot run here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a network. ``ours`` marks the variants whose failure fails the benchmark."""
+
+    name: str
+    description: str
+    prepare: Callable[[nn.Module, torch.Tensor], Prepared]
+    ours: bool = False
+
+
+def lay_out(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    """Weights (in place) and input in channels-last memory format."""
+    if x.ndim != 4:
+        return model, x
+    return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+
+
+def _eager(model: nn.Module, x: torch.Tensor) -> Prepared:
+    return model, x
+
+
+def _channels_last(model: nn.Module, x: torch.Tensor) -> Prepared:
+    return lay_out(copy.deepcopy(model), x)
+
+
+def _fold(model: nn.Module, x: torch.Tensor) -> Prepared:
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        folded = fuse(model, inplace=False)
+    except Exception as error:  # fx raises many kinds where it cannot trace a network
+        raise Unavailable(f"torch.fx could not fold this network: {type(error).__name__}: {error}") from error
+    return lay_out(folded, x)  # fuse() has copied
+
+
+def _compile(model: nn.Module, x: torch.Tensor, mode: str | None = None) -> Prepared:
+    laid_out, x = lay_out(copy.deepcopy(model), x)
+    torch.compiler.reset()  # graphs of the network before would count against the recompile limit
+    if x.device.type == "cpu":
+        return torch.compile(laid_out, options={"freezing": True}), x
+    return torch.compile(laid_out, mode=mode), x
+
+
+def _compile_reduce_overhead(model: nn.Module, x: torch.Tensor) -> Prepared:
+    if x.device.type != "cuda":
+        raise Unavailable("CUDA graphs need a CUDA device")
+    return _compile(model, x, mode="reduce-overhead")
+
+
+def _fastnets(backend: str) -> Callable[[nn.Module, torch.Tensor], Prepared]:
+    def prepare(model: nn.Module, x: torch.Tensor) -> Prepared:
+        import fastnets
+
+        if backend == "triton" and x.device.type != "cuda":
+            raise Unavailable("Triton kernels run natively on a CUDA device only")
+        return lay_out(fastnets.optimize(model, backend=backend), x)  # optimize() has copied
+
+    return prepare
+
+
+def _onnxruntime(model: nn.Module, x: torch.Tensor) -> Prepared:
+    for package in ("onnxruntime", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise Unavailable(f"{package} is not installed")
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        raise Unavailable("the ONNX Runtime baseline is set up for float32 on the CPU")
+    import onnxruntime
+
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]), x
+
+
+def _openvino(model: nn.Module, x: torch.Tensor) -> Prepared:
+    if importlib.util.find_spec("openvino") is None:
+        raise Unavailable("openvino is not installed")
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        raise Unavailable("the OpenVINO baseline is set up for float32 on the CPU")
+    import openvino
+
+    # the f32 hint: on newer processors OpenVINO would compute in bf16 by itself
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(openvino.convert_model(model, example_input=x), "CPU", settings)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0]), x
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("eager", "the stock network as it is", _eager),
+        Variant("channels-last", "stock, weights and input channels-last", _channels_last),
+        Variant("folded", "batch norm folded by torch.fx, channels-last", _fold),
+        Variant("compile", "torch.compile, channels-last (frozen weights on CPU)", _compile),
+        Variant("compile-graphs", "torch.compile with CUDA graphs, channels-last", _compile_reduce_overhead),
+        Variant("onnxruntime", "ONNX Runtime on the CPU", _onnxruntime),
+        Variant("openvino", "OpenVINO on the CPU, float32", _openvino),
+        Variant("fastnets", "fastnets.optimize, its own choice of implementations", _fastnets("auto"), True),
+        Variant("fastnets-library", "fastnets, the vendor's fused calls only", _fastnets("library"), True),
+        Variant("fastnets-triton", "fastnets, its Triton kernels only", _fastnets("triton"), True),
+    )
+}
+"""Every variant by name, in the order a table shows them."""
+
+BASELINE = "eager"
+
+
+def default_variants(device: torch.device | str) -> list[str]:
+    """The variants a benchmark runs unless told otherwise."""
+    names = [BASELINE, "channels-last", "folded", "compile"]
+    if torch.device(device).type == "cuda":
+        return [*names, "compile-graphs", "fastnets", "fastnets-library", "fastnets-triton"]
+    return [*names, "fastnets"]

@@ -1,0 +1,308 @@
+"""Benchmark results as a terminal table, JSON with the raw samples, CSV, Markdown and a PNG chart.
+
+The format of a file follows its name: ``--output run.json``, ``.csv``, ``.md`` or ``.png``.
+:func:`refuse_unwritable` looks at the paths before a run, so that an hour of measuring does not end at a
+folder that is not there.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastnets.bench import environment
+from fastnets.bench.baselines import BASELINE
+from fastnets.bench.measure import Ratio
+from fastnets.bench.suite import Result, Row, Run
+
+SCHEMA = "fastnets-bench"
+SCHEMA_VERSION = 1
+
+
+class BadOutput(ValueError):
+    """An output path that cannot be written, or whose format is not known."""
+
+
+def refuse_unwritable(paths: Sequence[str | Path]) -> None:
+    """Raise :class:`BadOutput` unless every path names a known format in a folder that can be written to."""
+    for path in map(Path, paths):
+        if path.suffix not in WRITERS:
+            raise BadOutput(
+                f"{path}: unknown format {path.suffix!r}; use a name that ends in {', '.join(WRITERS)}"
+            )
+        if path.suffix == ".png":
+            try:
+                import matplotlib  # noqa: F401
+            except ImportError as error:
+                raise BadOutput(f"{path}: charts need matplotlib; pip install 'fastnets[bench]'") from error
+        if path.is_dir():
+            raise BadOutput(f"{path}: is a folder")
+        if not path.parent.is_dir():
+            raise BadOutput(f"{path}: the folder {path.parent} does not exist")
+        try:
+            if path.exists():
+                with path.open("ab"):
+                    pass
+            else:
+                tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise BadOutput(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def write(run: Run, path: str | Path) -> None:
+    """Write the run in the format of the path's suffix; the file appears whole or not at all."""
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(WRITERS[path.suffix](run))
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+# --- the figures of one row -----------------------------------------------------------------------------
+
+
+def speedup(result: Result, row: Row) -> Ratio | None:
+    """The row's ratio to eager; None unless both were measured after passing the accuracy gate."""
+    if row.status != "measured" or result.comparison is None:
+        return None
+    base = next((other for other in result.rows if other.variant == BASELINE), None)
+    if base is None or base.status != "measured":
+        return None
+    return result.comparison.ratio(row.variant, BASELINE)
+
+
+def _cells(result: Result, row: Row) -> list[str]:
+    """Variant, error ratio, median ms, spread, images per second, ratio to eager, CPU per wall, seconds
+    until ready.
+    """
+    error = "" if row.error_ratio is None else f"{row.error_ratio:.2f}"
+    if row.status != "measured":
+        return [
+            row.variant,
+            error,
+            f"{row.status}: {row.note}" if row.note else row.status,
+            "",
+            "",
+            "",
+            "",
+            "",
+        ]
+    samples = result.comparison.samples[row.variant]
+    low, high = samples.spread
+    ratio = speedup(result, row)
+    return [
+        row.variant,
+        error,
+        f"{samples.median * 1e3:.2f}",
+        f"{low * 1e3:.2f}–{high * 1e3:.2f}",
+        f"{result.input_shape[0] / samples.median:.1f}",
+        "" if ratio is None else str(ratio),
+        f"{samples.cpu_share:.2f}",
+        f"{row.ready_seconds:.1f}",
+    ]
+
+
+HEADINGS = (
+    "variant",
+    "error ratio",
+    "median ms",
+    "p20–p80 ms",
+    "images/s",
+    "vs eager [95 %]",
+    "CPU/wall",
+    "ready s",
+)
+
+
+def title(result: Result) -> str:
+    shape = "×".join(map(str, result.input_shape))
+    return f"{result.network}, {shape}, {result.dtype}, inference, weights: {result.weights}"
+
+
+def remarks(result: Result) -> list[str]:
+    """What stands under a table: coverage, which implementations served, and what was cut short."""
+    lines = []
+    if result.coverage is not None:
+        served = ", ".join(f"{name} {count}" for name, count in sorted(result.implementations.items()))
+        lines.append(
+            f"fastnets: {result.coverage:.1%} of the FLOPs in fused layers; by implementation: {served}"
+        )
+    for row in result.rows:
+        if row.status == "measured" and row.note:
+            lines.append(f"{row.variant}: {row.note}")
+    if result.comparison is not None and result.comparison.interrupted:
+        lines.append("interrupted: the figures are of the rounds that were complete")
+    return lines
+
+
+# --- terminal -------------------------------------------------------------------------------------------
+
+
+def print_table(result: Result, console: Any) -> None:
+    """Print one network's table to a rich console."""
+    from rich.table import Table
+
+    table = Table(title=title(result), title_justify="left", title_style="bold")
+    for index, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if index == 0 else "right")
+    for row in result.rows:
+        style = {"measured": "bold" if row.ours else "", "wrong": "red", "failed": "red"}.get(
+            row.status, "dim"
+        )
+        table.add_row(*_cells(result, row), style=style)
+    console.print(table)
+    for line in remarks(result):
+        console.print(line, highlight=False)
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def as_dict(run: Run) -> dict[str, Any]:
+    """The run as JSON types, raw samples (seconds per call) included."""
+    results = []
+    for result in run.results:
+        rows = []
+        for row in result.rows:
+            entry: dict[str, Any] = dict(vars(row))
+            samples = result.comparison.samples.get(row.variant) if result.comparison else None
+            if samples is not None and samples.times:
+                ratio = speedup(result, row)
+                entry["median_seconds"] = samples.median
+                entry["p20_p80_seconds"] = list(samples.spread)
+                entry["ratio_to_eager"] = None if ratio is None else [ratio.value, ratio.low, ratio.high]
+                entry["samples"] = {key: value for key, value in vars(samples).items() if key != "name"}
+            rows.append(entry)
+        results.append(
+            {
+                "network": result.network,
+                "weights": result.weights,
+                "input_shape": list(result.input_shape),
+                "dtype": result.dtype,
+                "coverage": result.coverage,
+                "implementations": result.implementations,
+                "interrupted": bool(result.comparison and result.comparison.interrupted),
+                "variants": rows,
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": run.environment,
+        "settings": run.settings,
+        "interrupted": run.interrupted,
+        "results": results,
+    }
+
+
+def to_json(run: Run) -> bytes:
+    return (json.dumps(as_dict(run), indent=1, allow_nan=False) + "\n").encode()
+
+
+CSV_COLUMNS = (
+    *("network", "batch", "dtype", "device", "variant", "status", "note", "error_ratio"),
+    *("median_ms", "p20_ms", "p80_ms", "images_per_second"),
+    *("ratio_to_eager", "ratio_low", "ratio_high", "ready_seconds"),
+)
+
+
+def to_csv(run: Run) -> bytes:
+    """One line per network and variant, times in milliseconds."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(CSV_COLUMNS)
+    for result in run.results:
+        for row in result.rows:
+            line: list[Any] = [result.network, result.input_shape[0], result.dtype, run.environment["device"]]
+            line += [row.variant, row.status, row.note, row.error_ratio]
+            if row.status == "measured":
+                samples = result.comparison.samples[row.variant]
+                ratio = speedup(result, row)
+                line += [samples.median * 1e3, *(t * 1e3 for t in samples.spread)]
+                line += [result.input_shape[0] / samples.median]
+                line += [None] * 3 if ratio is None else [ratio.value, ratio.low, ratio.high]
+                line += [row.ready_seconds]
+            else:
+                line += [None] * 7 + [row.ready_seconds]
+            writer.writerow(line)
+    return text.getvalue().encode()
+
+
+def to_markdown(run: Run) -> bytes:
+    lines = ["```", *environment.summary(run.environment), "```", ""]
+    for result in run.results:
+        lines += [f"**{title(result)}**", ""]
+        lines.append("| " + " | ".join(HEADINGS) + " |")
+        lines.append("| --- |" + " ---: |" * (len(HEADINGS) - 1))
+        lines += ["| " + " | ".join(_cells(result, row)) + " |" for row in result.rows]
+        lines += ["", *(f"- {line}" for line in remarks(result)), ""]
+    return "\n".join(lines).encode()
+
+
+def to_png(run: Run) -> bytes:
+    """Images per second of every measured variant, one panel per network; whiskers are the p20–p80 spread."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [result for result in run.results if any(row.status == "measured" for row in result.rows)]
+    heights = [1 + 0.42 * len(result.rows) for result in shown] or [1]
+    figure = Figure(figsize=(9, 1.0 + sum(heights)), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, result in zip(panels, shown):
+        rows = [row for row in result.rows if row.status == "measured"]
+        rates, below, above, labels = [], [], [], []
+        for row in rows:
+            samples = result.comparison.samples[row.variant]
+            rate = result.input_shape[0] / samples.median
+            low, high = samples.spread
+            rates.append(rate)
+            below.append(max(0.0, rate - result.input_shape[0] / high))
+            above.append(max(0.0, result.input_shape[0] / low - rate))
+            ratio = speedup(result, row)
+            times = "" if ratio is None or row.variant == BASELINE else f"  ({ratio.value:.2f}× eager)"
+            labels.append(f"{rate:.1f}{times}")
+        colours = ["#2a9d5c" if row.ours else "#8a94a6" for row in rows]
+        bars = panel.barh(
+            [row.variant for row in rows], rates, color=colours, xerr=[below, above], ecolor="#333333"
+        )
+        panel.bar_label(bars, labels, padding=10, fontsize=9)
+        panel.invert_yaxis()
+        panel.set_title(title(result), loc="left", fontsize=10)
+        panel.set_xlim(0, max(rate + more for rate, more in zip(rates, above)) * 1.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    if shown:
+        panels[-1].set_xlabel("images per second, median (whiskers: 20th to 80th percentile)")
+    else:
+        panels[0].text(0.5, 0.5, "nothing was measured", ha="center")
+        panels[0].set_axis_off()
+    facts = run.environment
+    figure.suptitle(
+        f"{facts.get('device_name') or facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"fastnets {facts['fastnets']} ({facts['commit'] or 'installed'}), allocator: {facts['allocator']}",
+        fontsize=8,
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+WRITERS: dict[str, Callable[[Run], bytes]] = {
+    ".json": to_json,
+    ".csv": to_csv,
+    ".md": to_markdown,
+    ".png": to_png,
+}

@@ -1,0 +1,5 @@
+"""``python -m fastnets`` is the ``fastnets`` command."""
+
+from fastnets.cli import main
+
+main()
