@@ -31,21 +31,28 @@ class MissingPackage(RuntimeError):
 
 @dataclass
 class Network:
-    """A stock network ready to be measured. ``input_shape`` is C, H, W; ``weights`` says where its
-    values are from.
+    """A stock network ready to be measured.
+
+    ``input_shape`` is C, H, W; ``weights`` says where its values are from; ``images`` [N, C, H, W] are what it
+    is run on, or None for random ones.
     """
 
     name: str
     model: nn.Module
     input_shape: tuple[int, int, int]
     weights: str
+    images: torch.Tensor | None = None
 
     def inputs(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
     ) -> torch.Tensor:
-        """Seeded standard-normal images [N, C, H, W]."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(batch_size, *self.input_shape, generator=generator).to(device=device, dtype=dtype)
+        """A batch [N, C, H, W]: the network's images, repeated as needed, or seeded standard-normal ones."""
+        if self.images is not None:
+            images = self.images[torch.arange(batch_size) % len(self.images)]
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            images = torch.randn(batch_size, *self.input_shape, generator=generator)
+        return images.to(device=device, dtype=dtype)
 
 
 def split_name(spec: str) -> tuple[str, str]:

