@@ -1,0 +1,525 @@
+"""Convolution, batch norm with running statistics, residual addition and activation as one op.
+
+    y = act( (conv2d(x, weight) + bias − mean) / sqrt(var + eps) · bn_weight + bn_bias + residual )
+
+x [N, C, H, W], weight [K, C/groups, R, S], the other vectors [K], residual and y [N, K, P, Q]. Every part
+but the convolution may be left out. The result is always dense channels-last, as the next convolution wants it.
+
+Top to bottom: the implementations, the choice between them, the op, its gradient, and the call that modules and
+rewritten networks make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastnets.fused import cudnn, dispatch, onednn, packing
+from fastnets.fused.activation import activation as activation_of
+from fastnets.fused.batch_norm import (
+    affine_gradients,
+    call_stock,
+    epilogue,
+    has_hooks,
+    in_transform,
+    uses_running_statistics,
+)
+
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, "
+    "Tensor? bn_bias, Tensor? residual, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "SymInt groups, float eps, str activation, float negative_slope, str backend) -> Tensor"
+)
+
+
+class Options(NamedTuple):
+    """What the op takes besides tensors, in the schema's order."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    eps: float
+    activation: str
+    negative_slope: float
+
+
+class Weights(NamedTuple):
+    """The tensors that belong to the layer, in the schema's order; all but the first may be None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+
+
+# --- the implementations ------------------------------------------------------------------------------------
+
+
+def _reference(x: Tensor, weights: Weights, residual: Tensor | None, options: Options) -> Tensor:
+    """The stock composition: the definition of the op."""
+    weight, bias, *bn = weights
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv2d(x, weight.to(x.dtype), bias, *options[:4])
+    return onednn.channels_last(epilogue(y, None, *bn, residual, *options[4:]))
+
+
+def _triton(x: Tensor, weights: Weights, residual: Tensor | None, options: Options) -> Tensor:
+    from fastnets.kernels.conv import conv_bn_act as launch
+
+    weight, bias, *bn = weights
+    bias = None if bias is None else bias.to(x.dtype)
+    stride, padding, dilation = (tuple(pair) for pair in options[:3])
+    return launch(
+        x,
+        weight.to(x.dtype),
+        bias,
+        *bn,
+        residual,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=options.groups,
+        eps=options.eps,
+        activation=options.activation,
+        negative_slope=options.negative_slope,
+    )
+
+
+def _convolution_then_epilogue(
+    x: Tensor, weights: Weights, residual: Tensor | None, options: Options
+) -> Tensor:
+    """The vendor's convolution, then scale, shift, residual and activation in one pass of ours."""
+    weight, bias, *bn = weights
+    x, weight = x.contiguous(memory_format=torch.channels_last), weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if bn[0] is None and residual is None and options.activation == "none":
+        return F.conv2d(x, weight, bias, *options[:4])
+    y = F.conv2d(x, weight, None, *options[:4])
+    return torch.ops.fastnets.bn_add_act_inference(y, bias, *bn, residual, *options[4:], "triton")
+
+
+def _prepare(
+    prepare: Callable, x: Tensor, weights: Weights, residual: Tensor | None, options: Options, keep: bool
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """``run(x, residual)`` of a vendor's fused call, with all that depends on the weights alone done."""
+    folded = onednn.fold(*weights, options.eps, x.dtype)
+    if folded is None:  # this dtype cannot hold the folded weights
+        return lambda x, residual: _reference(x, weights, residual, options)
+    return prepare(x, folded, *options[:4], *options[5:], residual is not None, keep)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------
+
+_OURS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str) -> str:
+    """The implementation that serves a call: "triton", "onednn", "cudnn", "cudnn+epilogue" or "reference".
+
+    Raises:
+        UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
+    """
+    wanted = dispatch.requested(backend)
+    if wanted == "reference":
+        return wanted
+    if wanted == "triton":
+        if x.dtype in _OURS:
+            return wanted
+        raise dispatch.UnsupportedByBackend(
+            f"backend 'triton' does not take {x.dtype} (supported: float32, float16, bfloat16); "
+            "use backend='auto' or convert the model"
+        )
+    device = dispatch.device_type_of(x)
+    if device == "cpu":
+        why_not = onednn.unsupported(x.dtype)
+        if why_not is None:
+            return "onednn"
+    elif device == "cuda":
+        why_not = None if x.dtype in _OURS else f"it does not take {x.dtype}"
+        if why_not is None and wanted == "library":
+            return "cudnn" if cudnn.fuses(x.dtype, activation) else "cudnn+epilogue"
+        if why_not is None:
+            # Unmeasured: ours where vendors are weak, else the vendor's dense k×k with our epilogue.
+            return "triton" if groups > 1 or weight.shape[2:] == (1, 1) else "cudnn+epilogue"
+    else:
+        why_not = f"there is no fused vendor call for device type {device!r}"
+    if wanted == "library":
+        raise dispatch.UnsupportedByBackend(
+            f"backend 'library' cannot serve this convolution: {why_not}; use backend='auto' or 'reference'"
+        )
+    return "reference"
+
+
+# --- the op -------------------------------------------------------------------------------------------------
+
+
+def _body(
+    x, weight, bias, mean, var, bn_weight, bn_bias, residual,
+    stride, padding, dilation, groups, eps, activation, negative_slope, backend,
+):  # fmt: skip
+    key = (
+        x.shape, x.dtype, x.device, residual is None, *stride, *padding, *dilation, groups, eps, activation,
+        negative_slope, dispatch.requested(backend), torch._C._get_mkldnn_enabled(),
+    )  # fmt: skip
+    prepared = packing.lookup(weight, key, (weight, bias, mean, var, bn_weight, bn_bias))
+    if prepared is not None:
+        return prepared.run(x, residual)
+
+    weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
+    options = Options(stride, padding, dilation, groups, eps, activation, negative_slope)
+    _validate(x, weights, residual, options)
+    implementation = choose(x, weight, groups, activation, backend)
+    if x.numel() == 0 or implementation == "reference":
+        return _reference(x, weights, residual, options)
+    if implementation == "triton":
+        return _triton(x, weights, residual, options)
+    if implementation == "cudnn+epilogue":
+        return _convolution_then_epilogue(x, weights, residual, options)
+    prepare = onednn.prepare_convolution if implementation == "onednn" else cudnn.prepare_convolution
+    keep = not x.is_meta and packing.may_keep(weights)
+    run = _prepare(prepare, x, weights, residual, options, keep)
+    if keep:
+        packing.keep(weight, packing.Prepared(key, run, weights))
+    return run(x, residual)
+
+
+def _validate(x: Tensor, weights: Weights, residual: Tensor | None, options: Options) -> tuple:
+    """The shape of the result; errors name the argument, the fact and the remedy."""
+    weight = weights.weight
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            f"conv_bn_act: x must be [N, C, H, W] and weight [K, C/groups, R, S], got {x.dim()}-D and "
+            f"{weight.dim()}-D; add the batch dimension with x.unsqueeze(0)"
+        )
+    if not x.is_floating_point() or weight.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"conv_bn_act: x is {x.dtype}, weight {weight.dtype}; convert to one floating dtype")
+    stride, padding, dilation, groups = options[:4]
+    (_, C, H, W), (K, channels_per_group, R, S) = x.shape, weight.shape
+    if groups < 1 or C != channels_per_group * groups or K % groups:
+        raise ValueError(
+            f"conv_bn_act: x has {C} channels, but weight {tuple(weight.shape)} with groups={groups} takes "
+            f"{channels_per_group * groups} in and gives a multiple of {groups} out"
+        )
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"conv_bn_act: stride {list(stride)} and dilation {list(dilation)} must be at least 1, "
+            f"padding {list(padding)} at least 0"
+        )
+    if (weights.running_mean is None) != (weights.running_var is None):
+        raise ValueError("conv_bn_act: running_mean and running_var go together; give both or neither")
+    if weights.running_mean is None and (weights.bn_weight is not None or weights.bn_bias is not None):
+        raise ValueError("conv_bn_act: bn_weight or bn_bias without running_mean and running_var")
+    for name, tensor in [*zip(Weights._fields, weights), ("residual", residual)]:
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"conv_bn_act: {name} is on {tensor.device}, x on {x.device}; move one of them")
+        if tensor is not weight and tensor is not residual and tensor.shape != (K,):
+            raise ValueError(f"conv_bn_act: {name} has shape {tuple(tensor.shape)}, expected ({K},)")
+    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    if P < 1 or Q < 1:
+        raise ValueError(
+            f"conv_bn_act: input {H}×{W} with padding {list(padding)} is smaller than the filter {R}×{S} "
+            f"with dilation {list(dilation)}"
+        )
+    shape = (x.shape[0], K, P, Q)
+    if residual is not None and (tuple(residual.shape) != shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"conv_bn_act: residual is {tuple(residual.shape)} {residual.dtype}, the convolution gives "
+            f"{shape} {x.dtype}; expand or convert it first"
+        )
+    activation_of(options.activation)
+    return shape
+
+
+def _fake(x, *arguments):
+    shape = _validate(x, Weights(*arguments[:6]), arguments[6], Options(*arguments[7:14]))
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return torch.utils.flop_counter.conv_flop_count(x_shape, weight_shape, out_shape)
+
+
+# --- its gradient -------------------------------------------------------------------------------------------
+
+_DIFFERENTIABLE = (0, 1, 2, 5, 6, 7)  # x, weight, bias, bn_weight, bn_bias, residual among the op's arguments
+
+
+def _backward_body(
+    grad, x, weight, bias, mean, var, bn_weight, bn_bias, residual,
+    stride, padding, dilation, groups, eps, activation, negative_slope, wanted,
+):  # fmt: skip
+    """The gradients asked for, in the order of ``_DIFFERENTIABLE``; the convolution is computed again."""
+    w = weight.to(x.dtype)
+    y = F.conv2d(x, w, None, stride, padding, dilation, groups)
+    grad_y, *grads = affine_gradients(
+        grad, y, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, wanted[2:]
+    )
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_y, x, w, None, stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1], False]
+    )
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    return [g.contiguous() for g, want in zip((grad_x, grad_weight, *grads), wanted) if want]
+
+
+def _backward_fake(grad, *arguments):
+    inputs = (arguments[i] for i in _DIFFERENTIABLE)
+    return [t.new_empty(t.shape) for t, want in zip(inputs, arguments[-1]) if want]
+
+
+class _ConvBNAct(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd(), packing.transient():
+            return _differentiable(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:8])
+        ctx.options = inputs[8:15]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        grads = iter(_backward(grad, *ctx.saved_tensors, *ctx.options, wanted))
+        by_position = {i: next(grads) for i, want in zip(_DIFFERENTIABLE, wanted) if want}
+        return tuple(by_position.get(i) for i in range(16))
+
+
+def _autograd(*args):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:8]):
+        packing.forget(args[1])
+        return _ConvBNAct.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _differentiable(*args)
+
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _autocast(x, *arguments):
+    """Casts what autocast would, but not the weights: they are folded from their full precision."""
+    weights, residual, options = arguments[:6], arguments[6], arguments[7:]
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        if x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            residual = None if residual is None else residual.to(dtype)
+        op = _differentiable if torch.is_grad_enabled() else _infer
+        return op(x, *weights, residual, *options)
+
+
+_infer = dispatch.register("conv_bn_act_inference" + _SCHEMA, _body, _fake, autocast=_autocast, flops=_flops)
+_differentiable = dispatch.register(
+    "conv_bn_act" + _SCHEMA, _body, _fake, autograd=_autograd, autocast=_autocast, flops=_flops
+)
+_backward = dispatch.register(
+    "conv_bn_act_backward(Tensor grad, "
+    + _SCHEMA[1:].replace("str backend) -> Tensor", "bool[6] wanted) -> Tensor[]"),
+    _backward_body,
+    _backward_fake,
+)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    backend: str = "auto",
+) -> Tensor:
+    """``act(bn(conv2d(x, weight, bias)) + residual)`` with BN's running statistics; see the top of this file.
+
+    Args:
+        x: [N, C, H, W], float32, float16, bfloat16 or float64, any strides.
+        weight: [K, C/groups, R, S], of x's dtype.
+        residual: [N, K, P, Q], of x's dtype, any strides.
+        activation: a name in ``fastnets.fused.activation.ACTIVATIONS``.
+
+    Returns:
+        [N, K, P, Q] of x's dtype, dense channels-last. Differentiable once, in everything but the statistics.
+    """
+    op = _differentiable if torch.is_grad_enabled() else _infer
+    return op(
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        residual,
+        stride,
+        padding,
+        dilation,
+        groups,
+        eps,
+        activation,
+        negative_slope,
+        dispatch.validate_backend(backend),
+    )
+
+
+# --- what rewritten networks call ---------------------------------------------------------------------------
+
+_PLAIN_WEIGHTS = (nn.Parameter, Tensor)
+
+
+def call_conv_bn_act(
+    conv: nn.Conv2d,
+    bn: nn.Module | None,
+    act: nn.Module | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """``act(bn(conv(x)) + residual)`` by the fused op where that is stock's result, by the modules
+    themselves elsewhere.
+
+    Stock runs where BN uses batch statistics (training), a hook would be skipped, the convolution's class
+    or forward is not the stock one (parametrized, patched), the tensors are not plain ones, or the residual
+    broadcasts or promotes. ``act`` is the module that stock would call; None means a function or nothing.
+    """
+    if _must_run_stock(conv, bn, act, x, residual):
+        if torch.is_grad_enabled() and isinstance(conv.weight, Tensor):
+            packing.forget(conv.weight)
+        return call_stock(bn, act, conv(x), residual, activation, negative_slope)
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = (0, 0)
+    elif padding.__class__ is str:
+        x, padding = _resolve_padding(conv, x)
+    op = _differentiable if torch.is_grad_enabled() else _infer
+    if bn is None:
+        return op(
+            x,
+            conv.weight,
+            conv.bias,
+            None,
+            None,
+            None,
+            None,
+            residual,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+            0.0,
+            activation,
+            negative_slope,
+            backend,
+        )
+    return op(
+        x,
+        conv.weight,
+        conv.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.weight,
+        bn.bias,
+        residual,
+        conv.stride,
+        padding,
+        conv.dilation,
+        conv.groups,
+        bn.eps,
+        activation,
+        negative_slope,
+        backend,
+    )
+
+
+def _must_run_stock(conv, bn, act, x, residual) -> bool:
+    return (
+        conv.__class__ is not nn.Conv2d
+        or (bn is not None and not uses_running_statistics(bn))
+        or has_hooks(conv)
+        or (act is not None and has_hooks(act))
+        or _has_any_global_hook()
+        or not isinstance(x, Tensor)
+        or x.dim() != 4
+        or conv.weight.__class__ not in _PLAIN_WEIGHTS
+        or (residual is not None and not _adds_plainly(conv, x, residual))
+        or not _dtypes_agree(conv, x, residual)
+        or in_transform()
+    )
+
+
+def _dtypes_agree(conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether stock would compute in one dtype, which autocast may choose."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        if x.dtype == torch.float64 or conv.weight.dtype == torch.float64:
+            return False
+        return residual is None or residual.dtype == torch.get_autocast_dtype(kind)
+    return x.dtype == conv.weight.dtype and (residual is None or residual.dtype == x.dtype)
+
+
+def _adds_plainly(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> bool:
+    """Whether the residual has the shape of the convolution's result, so that nothing broadcasts."""
+    if residual.dim() != 4 or residual.shape[0] != x.shape[0] or residual.shape[1] != conv.out_channels:
+        return False
+    for axis in (0, 1):
+        size, reach = x.shape[2 + axis], conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+        if conv.padding == "same":
+            expected = size
+        else:
+            pad = 0 if conv.padding == "valid" else conv.padding[axis]
+            expected = (size + 2 * pad - reach - 1) // conv.stride[axis] + 1
+        if residual.shape[2 + axis] != expected:
+            return False
+    return True
+
+
+def _resolve_padding(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """``padding="same"`` or ``"valid"`` as numbers; an uneven "same" is evened by padding ``x`` here."""
+    if conv.padding == "valid":
+        return x, (0, 0)
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)]
+    if total[0] % 2 or total[1] % 2:
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, (total[0] // 2, total[1] // 2)
+
+
+def implementation_of(
+    conv: nn.Conv2d,
+    bn: nn.Module | None,
+    act: nn.Module | None,
+    activation: str,
+    x: Tensor,
+    backend: str = "auto",
+) -> str:
+    """The implementation that ``call_conv_bn_act`` would run for an input like ``x``; "stock" if none."""
+    if _must_run_stock(conv, bn, act, x, None):
+        return "stock"
+    return choose(x, conv.weight, conv.groups, activation, backend)

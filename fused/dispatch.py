@@ -1,0 +1,129 @@
+"""Which implementation of a fused op runs, and how fused ops are registered with PyTorch's dispatcher.
+
+Every fused op has up to three implementations, all with the op's own arguments:
+
+=============  ==============================================================================================
+``triton``     our kernels, on whatever tensors come in (CUDA; or CPU under Triton's interpreter)
+``library``    the vendor's call: cuDNN through ATen plus our one-pass epilogue on CUDA, oneDNN on the CPU
+``reference``  the stock PyTorch composition, which defines the op
+=============  ==============================================================================================
+
+The choice, strongest first: ``with fastnets.backend(name)``, the op's own ``backend`` argument (what
+``optimize(backend=...)`` set), ``FASTNETS_BACKEND``, and for ``"auto"`` the op's heuristic. A backend that was asked
+for by name and cannot serve the call raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import difflib
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+BACKENDS = ("auto", "triton", "library", "reference")
+
+library = torch.library.Library("fastnets", "FRAGMENT")
+
+_forced: contextvars.ContextVar[str] = contextvars.ContextVar("fastnets_backend", default="auto")
+_assumed_device: contextvars.ContextVar[str] = contextvars.ContextVar("fastnets_device", default="cpu")
+_bodies: dict[torch._ops.OpOverload, Callable] = {}
+
+
+class UnsupportedByBackend(ValueError):
+    """The backend asked for cannot serve this call; the message says what it supports."""
+
+
+def validate_backend(name: str, argument: str = "backend") -> str:
+    """``name`` if it is a backend, else a ``ValueError`` that suggests the nearest one."""
+    if name in BACKENDS:
+        return name
+    near = difflib.get_close_matches(str(name), BACKENDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument}={name!r} is not a backend{hint} (one of: {', '.join(BACKENDS)})")
+
+
+_environment = validate_backend(os.environ.get("FASTNETS_BACKEND", "auto"), "FASTNETS_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run fused ops by the named implementation inside the block, in this thread: for tests and debugging.
+
+    >>> with fastnets.backend("reference"):
+    ...     y = model(x)
+    """
+    token = _forced.set(validate_backend(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextlib.contextmanager
+def assume_device_type(device_type: str) -> Iterator[None]:
+    """Let meta tensors count as "cpu" or "cuda" ones inside the block, for counting and dry runs."""
+    token = _assumed_device.set(device_type)
+    try:
+        yield
+    finally:
+        _assumed_device.reset(token)
+
+
+def device_type_of(x: Tensor) -> str:
+    """The device type that implementations are chosen for; meta tensors count as the assumed one."""
+    device_type = x.device.type
+    return _assumed_device.get() if device_type == "meta" else device_type
+
+
+def requested(backend_argument: str) -> str:
+    """The backend in force for a call that was given ``backend_argument``."""
+    forced = _forced.get()
+    if forced != "auto":
+        return forced
+    return backend_argument if backend_argument != "auto" else _environment
+
+
+def register(
+    schema: str,
+    body: Callable,
+    fake: Callable,
+    *,
+    autograd: Callable | None = None,
+    autocast: Callable | None = None,
+    flops: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define ``fastnets::<schema>`` with all that PyTorch's subsystems ask of an op.
+
+    Args:
+        body: the computation, for CPU and CUDA tensors.
+        fake: shapes, dtypes and strides of the result, and the checks of the arguments.
+        autograd: kernel under the Autograd key. An op without one is for calls without gradients and is
+        passed
+            straight through, which costs a microsecond instead of twenty.
+        autocast: kernel under the two autocast keys; without one the op takes the dtypes as they come.
+        flops: FLOP formula over shapes for ``torch.utils.flop_counter``.
+    """
+    name = schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    for key in ("CPU", "CUDA"):
+        library.impl(name, body, key)
+    torch.library.register_fake(f"fastnets::{name}", fake, lib=library)
+    library.impl(name, autograd or torch.library.fallthrough_kernel, "Autograd")
+    if autocast is not None:
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(name, autocast, key)
+    packet = getattr(torch.ops.fastnets, name)
+    if flops is not None:
+        register_flop_formula(packet)(flops)
+    _bodies[packet.default] = body
+    return packet.default
+
+
+def body_of(op: torch._ops.OpOverload) -> Callable | None:
+    """The computation of a fastnets op, for modes that count what it does; None for other ops."""
+    return _bodies.get(op)

@@ -1,0 +1,188 @@
+"""The CPU library path: oneDNN's fused convolution, called with BN folded in and the weights packed.
+
+``mkldnn::_convolution_pointwise`` and its ``binary`` form are private names of PyTorch's. Their presence is
+probed, and where they are missing or do not take a dtype, ``unsupported`` says so and the op stays with
+another implementation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastnets.fused.activation import activation as activation_of
+
+Run = Callable[[Tensor, "Tensor | None"], Tensor]
+
+_UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 / 2}
+
+
+@functools.cache
+def _pointwise() -> tuple[Callable, Callable] | None:
+    if not torch.backends.mkldnn.is_available():
+        return None
+    packet = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    if packet is None or not {"default", "binary"} <= set(packet.overloads()):
+        return None
+    return packet.default, packet.binary
+
+
+@functools.cache
+def _takes(dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return True
+    probe = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }.get(dtype)
+    return probe is not None and getattr(torch.ops.mkldnn, probe)()
+
+
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why oneDNN's fused convolution cannot serve tensors of this dtype here; None if it can."""
+    if _pointwise() is None:
+        return "this PyTorch has no mkldnn::_convolution_pointwise"
+    if not torch._C._get_mkldnn_enabled():
+        return "torch.backends.mkldnn is switched off"
+    if not _takes(dtype):
+        return f"oneDNN does not take {dtype} on this CPU"
+    return None
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of the convolution that BN was folded into, as ``dtype``.
+
+    The scale is computed in float64 and the product in float32. None where ``dtype`` cannot hold the folded
+    weights: a tiny running variance overflows them, a tiny scale pushes them among the subnormals of
+    float16, and the result would be further from the truth than stock's.
+    """
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if running_mean is None:
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    scale = torch.rsqrt(running_var.detach().double() + eps)
+    if bn_weight is not None:
+        scale = scale * bn_weight.detach()
+    shift = -running_mean.detach().double() if bias is None else bias.double() - running_mean.detach()
+    shift = shift * scale
+    if bn_bias is not None:
+        shift = shift + bn_bias.detach()
+    exact = weight.float() * scale.float().view(-1, *[1] * (weight.dim() - 1))
+    folded = exact.to(dtype)
+    if dtype != torch.float32 and not exact.is_meta:
+        lost = (folded.float() - exact).flatten(1).norm(dim=1)
+        if not bool((lost <= 2 * _UNIT_ROUNDOFF[dtype] * exact.flatten(1).norm(dim=1)).all()):
+            return None
+    return folded, shift.to(dtype)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` [N, C, H, W] in dense channels-last strides, also where sizes of one leave them ambiguous."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, C, H, W = x.shape
+    if C == 1 or (H == 1 and W == 1):
+        return x.as_strided(x.shape, (H * W * C, 1, W * C, C))
+    return x
+
+
+def prepare_convolution(
+    x: Tensor,
+    folded: tuple[Tensor, Tensor | None],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    negative_slope: float,
+    has_residual: bool,
+    pack: bool,
+) -> Run:
+    """``run(x, residual)`` for tensors shaped like ``x``: convolution, bias, residual and activation in one
+    call.
+
+    ``pack`` reorders the weights once for this shape; without it oneDNN reorders them in every call.
+    Where PyTorch itself would not use oneDNN (a few pixels, one image) its own convolution is faster than a
+    oneDNN call can be, and the epilogue runs in place on the result.
+    """
+    weight, bias = folded
+    if not x.is_meta and _stays_native(x, weight, bias, stride, padding, dilation, groups):
+        return _native(weight, bias, stride, padding, dilation, groups, activation, negative_slope)
+    if pack and not x.is_meta:
+        weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            weight.to_mkldnn(), padding, stride, dilation, groups, list(x.shape)
+        )
+    unary, binary = _pointwise()
+    entry = activation_of(activation)
+    attribute, scalars, algorithm = entry.onednn(negative_slope)
+    as_channels_last = channels_last if 1 in x.shape[1:] else _dense
+
+    if not has_residual:
+
+        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+            x = as_channels_last(x)
+            return unary(x, weight, bias, padding, stride, dilation, groups, attribute, scalars, algorithm)
+
+        return run
+
+    in_call = activation in ("none", "relu")  # what oneDNN's binary form takes after the addition
+    attribute = "relu" if activation == "relu" else None
+
+    def run_with_residual(x: Tensor, residual: Tensor | None) -> Tensor:
+        x, residual = as_channels_last(x), channels_last(residual)
+        y = binary(
+            x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, attribute, [], None
+        )
+        return y if in_call else activate_in_place(y, activation, negative_slope)
+
+    return run_with_residual
+
+
+def activate_in_place(y: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """The activation on a tensor that nobody else has seen yet, in place where PyTorch has such a form."""
+    entry = activation_of(activation)
+    return (entry.in_place or entry.forward)(y, negative_slope)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _stays_native(x, weight, bias, stride, padding, dilation, groups) -> bool:
+    chosen = torch._C._select_conv_backend(
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [weight.shape[0]] if bias is not None else None,
+    )
+    return chosen != torch._C._ConvBackend.Mkldnn
+
+
+def _native(weight, bias, stride, padding, dilation, groups, activation, negative_slope) -> Run:
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    entry = activation_of(activation)
+    activate = entry.in_place or entry.forward
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if residual is not None:
+            y += residual
+        return channels_last(activate(y, negative_slope))
+
+    return run
