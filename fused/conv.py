@@ -176,20 +176,28 @@ def _body(
 
     weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
     options = Options(stride, padding, dilation, groups, eps, activation, negative_slope)
-    _validate(x, weights, residual, options)
+    shape = _validate(x, weights, residual, options)
     implementation = choose(x, weight, groups, activation, backend)
-    if x.numel() == 0 or implementation == "reference":
+    if implementation == "reference" or x.numel() == 0:
         return _reference(x, weights, residual, options)
     if implementation == "triton":
         return _triton(x, weights, residual, options)
     if implementation == "cudnn+epilogue":
         return _convolution_then_epilogue(x, weights, residual, options)
+    keep = packing.may_keep(weights)
+    if not keep and not _folding_pays(shape, weight):
+        return _reference(x, weights, residual, options)
     prepare = onednn.prepare_convolution if implementation == "onednn" else cudnn.prepare_convolution
-    keep = not x.is_meta and packing.may_keep(weights)
     run = _prepare(prepare, x, weights, residual, options, keep)
     if keep:
         packing.keep(weight, packing.Prepared(key, run, weights))
     return run(x, residual)
+
+
+def _folding_pays(shape: tuple, weight: Tensor) -> bool:
+    """Whether folding anew for one call costs less than the passes over the output that it saves."""
+    N, K, P, Q = shape
+    return N * K * P * Q > max(2 * weight.numel(), 1 << 17)
 
 
 def _validate(x: Tensor, weights: Weights, residual: Tensor | None, options: Options) -> tuple:
@@ -409,9 +417,10 @@ def call_conv_bn_act(
     or forward is not the stock one (parametrized, patched), the tensors are not plain ones, or the residual
     broadcasts or promotes. ``act`` is the module that stock would call; None means a function or nothing.
     """
-    if _must_run_stock(conv, bn, act, x, residual):
-        if torch.is_grad_enabled() and isinstance(conv.weight, Tensor):
-            packing.forget(conv.weight)
+    weight, bias, *bn_vectors = weights = _weights_of(conv, bn)
+    if _must_run_stock(conv, bn, act, x, weight, residual, backend):
+        if torch.is_grad_enabled() and weight is not None:
+            packing.forget(weight)  # a training step may follow
         return call_stock(bn, act, conv(x), residual, activation, negative_slope)
     padding = conv.padding
     if conv.padding_mode != "zeros":
@@ -419,70 +428,76 @@ def call_conv_bn_act(
         padding = (0, 0)
     elif padding.__class__ is str:
         x, padding = _resolve_padding(conv, x)
-    op = _differentiable if torch.is_grad_enabled() else _infer
+    eps = 0.0 if bn is None else bn.eps
+    options = (conv.stride, padding, conv.dilation, conv.groups, eps, activation, negative_slope, backend)
+    if torch.is_grad_enabled():
+        return _differentiable(x, weight, bias, *bn_vectors, residual, *options)
+    if _watched(x):
+        return _infer(x, weight, bias, *bn_vectors, residual, *options)
+    return _body(x, *weights, residual, *options)  # what the dispatcher would call, 8 µs earlier
+
+
+def _weights_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:
+    """The layer's tensors in the order of ``Weights``, read past nn.Module's slow attribute look-up."""
+    parameters = conv._parameters
     if bn is None:
-        return op(
-            x,
-            conv.weight,
-            conv.bias,
-            None,
-            None,
-            None,
-            None,
-            residual,
-            conv.stride,
-            padding,
-            conv.dilation,
-            conv.groups,
-            0.0,
-            activation,
-            negative_slope,
-            backend,
-        )
-    return op(
-        x,
-        conv.weight,
-        conv.bias,
-        bn.running_mean,
-        bn.running_var,
-        bn.weight,
-        bn.bias,
-        residual,
-        conv.stride,
-        padding,
-        conv.dilation,
-        conv.groups,
-        bn.eps,
-        activation,
-        negative_slope,
-        backend,
+        return parameters.get("weight"), parameters.get("bias"), None, None, None, None
+    buffers, affine = bn._buffers, bn._parameters
+    return (
+        parameters.get("weight"),
+        parameters.get("bias"),
+        buffers.get("running_mean"),
+        buffers.get("running_var"),
+        affine.get("weight"),
+        affine.get("bias"),
     )
 
 
-def _must_run_stock(conv, bn, act, x, residual) -> bool:
+def _watched(x: Tensor) -> bool:
+    """Whether anything wants to see the op itself: a compiler, a tracer, autocast or a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or x.__class__ is not Tensor
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._get_tracing_state() is not None
+        or x.is_meta
+    )
+
+
+def _must_run_stock(conv, bn, act, x, weight, residual, backend) -> bool:
     return (
         conv.__class__ is not nn.Conv2d
+        or weight.__class__ not in _PLAIN_WEIGHTS
         or (bn is not None and not uses_running_statistics(bn))
         or has_hooks(conv)
         or (act is not None and has_hooks(act))
         or _has_any_global_hook()
         or not isinstance(x, Tensor)
         or x.dim() != 4
-        or conv.weight.__class__ not in _PLAIN_WEIGHTS
+        or not _dtypes_agree(weight, x, residual)
         or (residual is not None and not _adds_plainly(conv, x, residual))
-        or not _dtypes_agree(conv, x, residual)
         or in_transform()
+        or (torch.is_grad_enabled() and _too_small_to_fold(x, weight, backend))
     )
 
 
-def _dtypes_agree(conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> bool:
+def _too_small_to_fold(x: Tensor, weight: Tensor, backend: str) -> bool:
+    """With gradients enabled nothing is kept, and on the CPU a fused call that must fold first can lose to stock."""
+    if x.device.type != "cpu" or dispatch.requested(backend) != "auto":
+        return False
+    N, _, H, W = x.shape
+    return not _folding_pays((N, weight.shape[0], H, W), weight)
+
+
+def _dtypes_agree(weight: Tensor, x: Tensor, residual: Tensor | None) -> bool:
     """Whether stock would compute in one dtype, which autocast may choose."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        if x.dtype == torch.float64 or conv.weight.dtype == torch.float64:
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (dtype, weight.dtype):
             return False
-        return residual is None or residual.dtype == torch.get_autocast_dtype(kind)
-    return x.dtype == conv.weight.dtype and (residual is None or residual.dtype == x.dtype)
+        return residual is None or residual.dtype == torch.get_autocast_dtype(x.device.type)
+    return dtype == weight.dtype and (residual is None or residual.dtype == dtype)
 
 
 def _adds_plainly(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> bool:
@@ -520,6 +535,7 @@ def implementation_of(
     backend: str = "auto",
 ) -> str:
     """The implementation that ``call_conv_bn_act`` would run for an input like ``x``; "stock" if none."""
-    if _must_run_stock(conv, bn, act, x, None):
+    weight = conv._parameters.get("weight")
+    if _must_run_stock(conv, bn, act, x, weight, None, backend):
         return "stock"
-    return choose(x, conv.weight, conv.groups, activation, backend)
+    return choose(x, weight, conv.groups, activation, backend)
