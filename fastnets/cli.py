@@ -120,6 +120,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _backend(name: str) -> str:
+    from fastnets.fused.dispatch import validate_backend
+
+    return validate_backend(name, "--backend")
+
+
 def _dtype(precision: Precision) -> torch.dtype:
     import torch
 
@@ -175,7 +181,7 @@ def explain(
     import fastnets
     from fastnets.bench import networks
 
-    place = _device(device)
+    place, backend = _device(device), _backend(backend)
     network = networks.load(
         model, num_classes=num_classes, weights=weights, pretrained=pretrained, img_size=img_size, seed=seed
     )
@@ -203,7 +209,7 @@ def check(
     import fastnets
     from fastnets.bench import networks
 
-    place = _device(device)
+    place, backend = _device(device), _backend(backend)
     network = networks.load(
         model, num_classes=num_classes, weights=weights, pretrained=pretrained, img_size=img_size, seed=seed
     )
