@@ -18,26 +18,26 @@ OLDEST_STAMP = $(OLDEST_VENV)/.installed
 # One thread in each test process: the processes already fill the cores.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-.PHONY: help install demo test test-slow test-oldest-triton aot lint format bench readme-table dist clean
+.PHONY: help install demo test test-slow test-oldest-triton aot lint format bench figures readme-table dist clean
 
 help:
-	@echo "make demo | test | test-slow | test-oldest-triton | aot | lint | format | bench | readme-table | dist | clean"
+	@echo "make demo | test | test-slow | test-oldest-triton | aot | lint | format | bench | figures | readme-table | dist | clean"
 
 install: $(STAMP)
 
 # setuptools and wheel come first: the package itself is then built without an isolated environment.
 $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e ".[test]"
+	$(RUN) -m pip install -qq --disable-pip-version-check "setuptools>=77" wheel
+	$(RUN) -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e ".[test]"
 	@touch $@
 
 $(OLDEST_STAMP): setup.py pyproject.toml $(OLDEST_CONSTRAINTS)
 	$(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_RUN) -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel
-	$(OLDEST_RUN) -m pip install --quiet --disable-pip-version-check -c $(OLDEST_CONSTRAINTS) \
+	$(OLDEST_RUN) -m pip install -qq --disable-pip-version-check "setuptools>=77" wheel
+	$(OLDEST_RUN) -m pip install -qq --disable-pip-version-check -c $(OLDEST_CONSTRAINTS) \
 		torch triton numpy pytest pytest-xdist hypothesis expecttest
-	$(OLDEST_RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(OLDEST_CONSTRAINTS) -e .
+	$(OLDEST_RUN) -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(OLDEST_CONSTRAINTS) -e .
 	@touch $@
 
 demo: $(STAMP)
@@ -65,11 +65,23 @@ format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+RESULTS = docs/cpu-stock.json docs/cpu-keep-pages.json
+
 bench: $(STAMP)
 	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 $(ARGS)
 
+# The figures of the README: measured afresh (about ten quiet minutes), then put in its table.
+figures: $(STAMP)
+	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 --device cpu -o docs/cpu-stock.json -o docs/cpu-stock.png $(ARGS)
+	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 --device cpu --allocator keep-pages \
+		-o docs/cpu-keep-pages.json -o docs/cpu-keep-pages.png $(ARGS)
+	$(MAKE) readme-table
+
+readme-table: $(STAMP)
+	$(RUN) -m fastnets.bench.readme_table README.md $(RESULTS)
+
 dist: $(STAMP)
-	$(RUN) -m pip install --quiet --disable-pip-version-check build
+	$(RUN) -m pip install -qq --disable-pip-version-check build
 	$(RUN) -m build --no-isolation
 
 clean:

@@ -33,8 +33,8 @@ class MissingPackage(RuntimeError):
 class Network:
     """A stock network ready to be measured.
 
-    ``input_shape`` is C, H, W; ``weights`` says where its values are from; ``images`` [N, C, H, W] are what it
-    is run on, or None for random ones.
+    ``input_shape`` is C, H, W; ``weights`` says where its values are from; ``images`` [N, C, H, W] are what
+    it is run on, or None for random ones.
     """
 
     name: str
