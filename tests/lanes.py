@@ -72,6 +72,10 @@ class Lane:
         whole = torch.empty(0, dtype=tensor.dtype).set_(storage).to(self.device)
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
+    def but(self, **options) -> "Lane":
+        """The same lane with other options of the emulator; itself where it is not emulated."""
+        return self
+
     def __repr__(self):
         return self.name
 
@@ -88,6 +92,9 @@ class CompiledLane(Lane):
         super().__init__(name)
         self.capability = capability
         self.options = {"bounds": "tensor", "races": "raise", **options}
+
+    def but(self, **options):
+        return CompiledLane(self.name, self.capability, **{**self.options, **options})
 
     def unavailable(self):
         return ptxsim_unavailable()
