@@ -1,0 +1,296 @@
+"""``optimize`` and ``restore``: a whole network's containers rewritten, and given back their stock classes.
+
+``optimize`` works in three steps: capture every container that can be captured, from the leaves up; decide, from
+the root down, where stock's memory format must be visible; then fuse and swap classes, again from the leaves
+up. See ``capture``, ``layout``, ``patterns`` and ``swap`` for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastnets.fused import dispatch, packing
+from fastnets.fused.layout import is_stock, may_observe_layout, names_read_by
+from fastnets.fused.packing import refresh
+from fastnets.fused.patterns import is_batch_norm, is_convolution
+from fastnets.fused.swap import (
+    Recipe,
+    Rewritten,
+    capture_variants,
+    hides_layout,
+    install,
+    is_sequential,
+    without_rewrite,
+)
+
+__all__ = ["optimize", "refresh", "restore"]
+
+MODES = ("auto", "inference", "training")
+_SELECT = ("heuristic", "measure")
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: object = None,
+    *,
+    mode: str = "auto",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    select: str = "heuristic",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    inplace: bool = False,
+    strict: bool = False,
+    cuda_graphs: bool = False,
+) -> nn.Module:
+    """The network with fused layers: same weights, same ``state_dict``, same answers.
+
+    Args:
+        model: any network. Containers whose forward cannot be captured stay stock; what is inside them does
+            not.
+        example_inputs: a tensor, or a tuple of positional arguments. Their shapes are kept for reports.
+        mode: "auto" fuses whatever ``model.training`` allows at the time of each call. "inference" is "auto"
+            with the layers' weights packed as early as possible. "training" never folds or packs weights, so
+            that layers in evaluation mode run the reference composition where nothing else is asked for.
+        dtype: convert floating-point parameters and buffers to it.
+        backend: "auto", "triton", "library" or "reference".
+        select: "heuristic". Choosing by measurement is not available yet.
+        filter_fn: called as ``filter_fn(layer, name)`` with each convolution and batch norm; False keeps that
+            layer stock.
+        inplace: rewrite ``model`` itself instead of a copy.
+        strict: raise where a convolution or what follows it could not be fused.
+        cuda_graphs: not available yet.
+
+    Returns:
+        The optimized network; ``model`` itself where ``inplace`` is set. Inner containers may hand each other
+        (and hooks on them) channels-last tensors; what the network returns has stock's layout.
+
+    Raises:
+        TypeError, ValueError: for arguments that make no sense, and, with ``strict``, for layers that were not
+            fused. ``model`` is then as it was.
+    """
+    _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs)
+    if mode == "training" and backend == "auto":
+        backend = "reference"
+    with torch.inference_mode(False):
+        undo = None
+        if inplace:
+            undo = [(m, type(m)) for m in model.modules() if isinstance(m, Rewritten)]
+        fast = model if inplace else copy.deepcopy(model)
+        restore(fast)
+        recipe = Recipe(backend=backend, example=_shapes_of(example_inputs))
+        try:
+            _rewrite_network(fast, recipe, filter_fn)
+            if strict:
+                _check_strict(fast)
+        except BaseException:
+            if inplace:
+                restore(fast)
+                for module, cls in undo:
+                    module.__class__ = cls
+            raise
+        if dtype is not None:
+            fast.to(dtype=dtype)
+        _weights_to_channels_last(fast)
+    packing.bump()
+    return fast
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give ``model`` back its stock classes, in place, with its current weights. Returns ``model``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastnets.restore expects an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, Rewritten):
+            module.__class__ = without_rewrite(type(module))
+    packing.bump()
+    return model
+
+
+def _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs) -> None:
+    if not isinstance(model, nn.Module):
+        what = (
+            f"the class {model.__name__}; pass an instance of it"
+            if isinstance(model, type)
+            else (f"{type(model).__name__}")
+        )
+        raise TypeError(f"fastnets.optimize expects an nn.Module, got {what}")
+    dispatch.validate_backend(backend)
+    _one_of("mode", mode, MODES)
+    _one_of("select", select, _SELECT)
+    if select == "measure":
+        raise ValueError("select='measure' is not available in this version; use select='heuristic'")
+    if cuda_graphs:
+        raise ValueError("cuda_graphs=True is not available in this version; leave it False and capture the "
+                         "optimized model with torch.cuda.graph")  # fmt: skip
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"filter_fn must be callable as filter_fn(module, name), got {type(filter_fn).__name__}"
+        )
+
+
+def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{argument}={value!r} is not known{hint} (one of: {', '.join(allowed)})")
+
+
+def _shapes_of(example_inputs: object) -> object:
+    """``example_inputs`` as (arguments, spec) with every tensor replaced by its shape and dtype."""
+    if example_inputs is None:
+        return None
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    leaves, spec = pytree.tree_flatten(arguments)
+    return tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves), spec
+
+
+# --- the three steps ------------------------------------------------------------------------------------------
+
+
+def _rewrite_network(model: nn.Module, recipe: Recipe, filter_fn: Callable | None) -> None:
+    names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    heads = [m for m in names if is_convolution(m) or is_batch_norm(m)]
+    if not heads:
+        return
+    excluded = {m for m in heads if filter_fn is not None and not filter_fn(m, names[m])}
+    network = _Network(model)
+    for module, variants in network.captured.items():
+        own = replace(
+            recipe,
+            restores_outputs=module in network.restores_outputs,
+            keep_stock=_paths_of(module, excluded),
+            example=recipe.example if module is model else None,
+        )
+        install(module, variants, own)
+
+
+def _paths_of(container: nn.Module, modules: set[nn.Module]) -> frozenset[str]:
+    if not modules:
+        return frozenset()
+    return frozenset(p for p, m in container.named_modules(remove_duplicate=False) if m in modules)
+
+
+class _Network:
+    """What is known about the containers of a network before any of them is rewritten.
+
+    Attributes:
+        captured: container -> its variants, children before their parents.
+        restores_outputs: the containers that must return stock's layout: the root, and those whose parent's
+            code might look at it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parents: dict[nn.Module, list[nn.Module | None]] = {model: [None]}
+        order: list[nn.Module] = []
+        self._visit(model, order)
+        self.fusible = self._containers_of_layers(order)
+        self.captured = {m: capture_variants(m) for m in order if self._worth_capturing(m)}
+        self.restores_outputs = {m for m in self.captured if self._must_restore(m, model)}
+
+    def _visit(self, module: nn.Module, order: list[nn.Module]) -> None:
+        """Record parents, and append to ``order`` children first."""
+        for child in module.children():
+            seen = child in self.parents
+            self.parents.setdefault(child, []).append(module)
+            if not seen:
+                self._visit(child, order)
+        order.append(module)
+
+    @staticmethod
+    def _containers_of_layers(order: list[nn.Module]) -> set[nn.Module]:
+        """The modules that are, or hold, a convolution or batch norm."""
+        found: set[nn.Module] = set()
+        for module in order:
+            if is_convolution(module) or is_batch_norm(module) or any(c in found for c in module.children()):
+                found.add(module)
+        return found
+
+    def _worth_capturing(self, module: nn.Module) -> bool:
+        cls = type(module)
+        if isinstance(module, torch.jit.ScriptModule) or _only_holds(module) or "forward" in module.__dict__:
+            return False
+        if is_stock(cls) and not is_sequential(module):
+            return False
+        if cls.__call__ is not nn.Module.__call__:
+            return False
+        holds_layers = module in self.fusible and next(module.children(), None) is not None
+        return holds_layers or may_observe_layout(cls)
+
+    def _hides_layout(self, module: nn.Module) -> bool:
+        """Whether children of ``module`` may return any layout to it."""
+        cls = type(module)
+        if module in self.captured:
+            return hides_layout(cls, self.captured[module])
+        return (
+            not may_observe_layout(cls)
+            and (not is_stock(cls) or is_sequential(module))
+            and ("forward" not in module.__dict__)
+        )
+
+    def _must_restore(self, module: nn.Module, root: nn.Module) -> bool:
+        if module is root:
+            return True
+        if not self._hides_layout(module):
+            return False  # it is given stock's layout by its children, and keeps it
+        return any(self._looks(parent, module) for parent in self._callers(module))
+
+    def _callers(self, module: nn.Module) -> list[nn.Module]:
+        """The nearest ancestors that have a forward of their own."""
+        callers = []
+        for parent in self.parents[module]:
+            if parent is None:
+                continue
+            callers += self._callers(parent) if _only_holds(parent) and parent in self.parents else [parent]
+        return callers
+
+    def _looks(self, caller: nn.Module, module: nn.Module) -> bool:
+        if not self._hides_layout(caller):
+            return True
+        # Code further up may call it past its parent, as in self.backbone.layer1(x).
+        ancestors = list(self._callers(caller))
+        names = {name for parent in self.parents[module] if parent is not None
+                 for name, child in parent.named_children() if child is module}  # fmt: skip
+        while ancestors:
+            ancestor = ancestors.pop()
+            if not self._hides_layout(ancestor) and not names.isdisjoint(names_read_by(type(ancestor))):
+                return True
+            ancestors += self._callers(ancestor)
+        return False
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether this is a plain list or dict of modules, which nobody calls."""
+    cls = type(module)
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and cls.forward in (
+        nn.ModuleList.forward,
+        nn.ModuleDict.forward,
+        nn.Module.forward,
+    )
+
+
+def _weights_to_channels_last(model: nn.Module) -> None:
+    """Lay out the weights of fused convolutions on CUDA as the kernels read them. Values stay."""
+    for module in model.modules():
+        if is_convolution(module) and type(module.weight) is nn.Parameter and module.weight.is_cuda:
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _check_strict(model: nn.Module) -> None:
+    from fastnets.fused.explain import explain
+
+    rows = [row for row in explain(model).rows if row.counts and not row.fused]
+    if rows:
+        listed = "\n".join(f"  {row.path}: {row.reason}" for row in rows)
+        raise ValueError(
+            f"{len(rows)} layers cannot be fused:\n{listed}\nUse strict=False to leave them as stock, or filter_fn "
+            "to leave them out."
+        )

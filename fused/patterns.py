@@ -1,0 +1,380 @@
+"""Finding conv → BN → (+ residual) → activation in a captured graph, and putting one call in their place.
+
+Each convolution, and each batch norm that none comes before, starts a chain. The chain grows over its only
+reader as long as that is the next thing that the fused op can do:
+
+    conv → [batch norm] → [+ residual] → [activation]          batch norm → [+ residual] → [activation]
+
+Of two branches that meet in an addition, the one that finishes later takes it: the other is its residual. A
+chain never grows over a value that somebody else reads, nor over an in-place write that stock would show to
+others: see :class:`_Memory`.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastnets.fused.activation import recognise, recognise_call
+from fastnets.fused.batch_norm import call_bn_add_act
+from fastnets.fused.conv import call_conv_bn_act
+
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_ADD_METHODS = ("add", "add_")
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor "
+    "setitem delitem".split()
+)
+_FRESH_FUNCTIONS = frozenset(
+    [operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.cat]
+    + [torch.nn.functional.avg_pool2d, torch.nn.functional.max_pool2d, call_conv_bn_act, call_bn_add_act]
+)
+_FRESH_MODULES = (nn.modules.conv._ConvNd, _BatchNorm, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One fused call: the stock layers in it, by their path from the container (None: not there).
+
+    Attributes:
+        activation: the name of the activation at the end, "none" where there is none.
+        act: path of the activation's module; None where the network calls a function.
+        add: a residual is added before the activation.
+    """
+
+    conv: str | None
+    bn: str | None
+    add: bool
+    activation: str
+    act: str | None
+
+    @property
+    def head(self) -> str:
+        """Path of the layer that the group is named after."""
+        return self.conv if self.conv is not None else self.bn or ""
+
+    @property
+    def kind(self) -> str:
+        """What is fused, as in "conv+bn+add+relu"."""
+        parts = ["conv"] if self.conv is not None else []
+        parts += ["bn"] if self.bn is not None else []
+        parts += ["add"] if self.add else []
+        return "+".join(parts + ([self.activation] if self.activation != "none" else []))
+
+
+@dataclass(frozen=True)
+class Left:
+    """A batch norm, addition or activation after a convolution or batch norm that was not fused, and why."""
+
+    path: str
+    kind: str
+    reason: str
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """A 2-D convolution with the stock forward (a parametrized one, too: it runs stock while it is that)."""
+    cls = type(module)
+    return (
+        isinstance(module, nn.Conv2d)
+        and cls.forward is nn.Conv2d.forward
+        and cls._conv_forward is nn.Conv2d._conv_forward
+        and cls.__call__ is nn.Module.__call__
+    )
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """A 2-D batch norm with the stock forward and running statistics."""
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and module.running_mean is not None
+
+
+def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[str] = frozenset()) -> tuple:
+    """Rewrite ``graph`` in place.
+
+    root: the module that paths start from. backend: what the fused calls are to run on. keep_stock: paths of
+    convolutions and batch norms that stay as they are.
+
+    Returns ``(fusions, left)``, tuples of :class:`Fusion` and :class:`Left`.
+    """
+    rewriter = _Rewriter(graph, root, backend, keep_stock)
+    for is_head in (is_convolution, is_batch_norm):
+        # From the end of the graph, so that of two branches that meet in an addition the later one takes it.
+        for node in reversed(list(graph.nodes)):
+            if rewriter.calls(node, is_head):
+                rewriter.fuse_from(node)
+    rewriter.note_leftovers()
+    return tuple(rewriter.fusions), tuple(rewriter.left)
+
+
+@dataclass
+class _Chain:
+    """What one fused call will do; ``last`` is the node whose value it makes."""
+
+    nodes: list[fx.Node]
+    conv: fx.Node | None = None
+    bn: fx.Node | None = None
+    add: fx.Node | None = None
+    residual: fx.Node | None = None
+    act: fx.Node | None = None
+    activation: tuple[str, float] = ("none", 0.0)
+
+    @property
+    def last(self) -> fx.Node:
+        return self.nodes[-1]
+
+
+class _Rewriter:
+    def __init__(self, graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[str]):
+        self.graph = graph
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.backend = backend
+        self.keep_stock = keep_stock
+        self.memory = _Memory(graph, self.modules)
+        self.fusions: list[Fusion] = []
+        self.left: list[Left] = []
+        self.why: dict[fx.Node, str] = {}
+
+    def calls(self, node: fx.Node, what) -> bool:
+        """Whether the node calls, with one argument, a module of the kind that may be fused."""
+        return (
+            node.op == "call_module"
+            and len(node.args) == 1
+            and not node.kwargs
+            and isinstance(node.args[0], fx.Node)
+            and node.target not in self.keep_stock
+            and what(self.modules[node.target])
+        )
+
+    def fuse_from(self, head: fx.Node) -> None:
+        chain = _Chain([head])
+        if is_convolution(self.modules[head.target]):
+            chain.conv = head
+            self._grow(chain, self._take_bn)
+        else:
+            chain.bn = head
+        self._grow(chain, self._take_add)
+        self._grow(chain, self._take_act)
+        if chain.conv is None and len(chain.nodes) == 1:
+            return  # a batch norm alone is one pass already
+        self._replace(chain)
+
+    def _grow(self, chain: _Chain, take) -> None:
+        readers = list(chain.last.users)
+        if len(readers) != 1:
+            for reader in readers:
+                self.why.setdefault(reader, f"{_name(chain.last)} has {len(readers)} readers")
+            return
+        if take(chain, readers[0]):
+            conflict = self.memory.write_between(chain.nodes, chain.nodes[0], chain.nodes[0].args[0])
+            if conflict is None and chain.add is not None:
+                conflict = self.memory.write_between(chain.nodes, chain.add, chain.residual)
+            if conflict is not None:
+                self._drop_last(chain, f"{_name(conflict)} writes in place to what it reads")
+
+    @staticmethod
+    def _drop_last(chain: _Chain, reason: str) -> None:
+        node = chain.nodes.pop()
+        if node is chain.bn:
+            chain.bn = None
+        elif node is chain.add:
+            chain.add = chain.residual = None
+        else:
+            chain.act, chain.activation = None, ("none", 0.0)
+
+    def _take_bn(self, chain: _Chain, node: fx.Node) -> bool:
+        if not self.calls(node, is_batch_norm):
+            return False
+        chain.bn = node
+        chain.nodes.append(node)
+        return True
+
+    def _take_add(self, chain: _Chain, node: fx.Node) -> bool:
+        operands = _addends(node)
+        if operands is None:
+            return False
+        residual = operands[1] if operands[0] is chain.last else operands[0]
+        if residual is chain.last or not isinstance(residual, fx.Node):
+            self.why.setdefault(node, "it does not add two tensors")
+            return False
+        if _writes(node) and operands[0] is residual and not self.memory.is_private(residual, node):
+            self.why.setdefault(node, "it writes in place to a tensor that others see")
+            return False
+        chain.add, chain.residual = node, residual
+        chain.nodes.append(node)
+        return True
+
+    def _take_act(self, chain: _Chain, node: fx.Node) -> bool:
+        found = self._activation(node)
+        if found is None or found[0] == "none" or node.args[0] is not chain.last:
+            return False
+        chain.act, chain.activation = node, found
+        chain.nodes.append(node)
+        return True
+
+    def _activation(self, node: fx.Node) -> tuple[str, float] | None:
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        if node.op == "call_module":
+            return recognise(self.modules[node.target]) if len(node.args) == 1 and not node.kwargs else None
+        if node.op in ("call_function", "call_method"):
+            return recognise_call(node.target, node.args[1:], node.kwargs)
+        return None
+
+    def _replace(self, chain: _Chain) -> None:
+        act = chain.act.target if chain.act is not None and chain.act.op == "call_module" else None
+        with self.graph.inserting_before(chain.last):
+            bn = None if chain.bn is None else self.graph.get_attr(chain.bn.target)
+            act_module = None if act is None else self.graph.get_attr(act)
+            x, residual = chain.nodes[0].args[0], chain.residual
+            rest = (bn, act_module, x, residual, *chain.activation, self.backend)
+            if chain.conv is not None:
+                conv = self.graph.get_attr(chain.conv.target)
+                call = self.graph.call_function(call_conv_bn_act, (conv, *rest))
+            else:
+                call = self.graph.call_function(call_bn_add_act, rest)
+        chain.last.replace_all_uses_with(call)
+        for node in reversed(chain.nodes):
+            self.graph.erase_node(node)
+        self.memory.forget()
+        self.fusions.append(
+            Fusion(
+                conv=None if chain.conv is None else chain.conv.target,
+                bn=None if chain.bn is None else chain.bn.target,
+                add=chain.add is not None,
+                activation=chain.activation[0],
+                act=act,
+            )
+        )
+
+    def note_leftovers(self) -> None:
+        """Record what follows a convolution or batch norm, could have been fused in principle, and was not."""
+        for node in self.graph.nodes:
+            sources = [s for s in node.all_input_nodes if s.target in (call_conv_bn_act, call_bn_add_act)]
+            if not sources:
+                continue
+            addition = _addends(node) is not None
+            if addition and all(source.args[-3] != "none" for source in sources):
+                continue  # act(conv(x)) + y: nothing that one call could do
+            if self.calls(node, is_batch_norm):
+                kind = "bn"
+            elif addition:
+                kind = "add"
+            elif (found := self._activation(node)) is not None and sources[0].args[-3] == "none":
+                kind = found[0]
+            else:
+                continue
+            reason = self.why.get(node, f"{_name(sources[0])} has other readers or they are in another order")
+            self.left.append(Left(node.target if node.op == "call_module" else node.name, kind, reason))
+
+
+def _addends(node: fx.Node) -> tuple | None:
+    """The two operands of a plain addition, else None."""
+    is_add = (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _ADD_METHODS
+    )
+    if not is_add or len(node.args) != 2:
+        return None
+    if any(name != "alpha" or value != 1 for name, value in node.kwargs.items()):
+        return None
+    return node.args
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if node.op == "call_module" else node.name
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the node is one of those operations that write to their first operand."""
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if node.op != "call_function":
+        return False
+    in_place = node.target in _IN_PLACE_OPERATORS or getattr(node.target, "__name__", "").endswith("_")
+    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+class _Memory:
+    """Which nodes may share memory, and which write to it: told conservatively.
+
+    Every node has *origins*, the nodes whose memory it may be a view of. Inputs of the graph may alias each
+    other, and so may parameters and buffers: each group counts as one origin.
+    """
+
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]):
+        self.graph = graph
+        self.modules = modules
+        self._origins: dict[fx.Node, frozenset] | None = None
+        self._order: dict[fx.Node, int] = {}
+
+    def forget(self) -> None:
+        """The graph has changed."""
+        self._origins = None
+
+    def write_between(self, chain: list[fx.Node], reader: fx.Node, read: fx.Node) -> fx.Node | None:
+        """A node outside the chain that writes to ``read`` after ``reader`` and before the chain's last node.
+
+        The fused call reads everything where the last node stands, so such a write would come too early.
+        """
+        self._analyse()
+        node = reader.next if reader is not chain[-1] else reader
+        while node is not chain[-1]:
+            if node not in chain and not self._origins[read].isdisjoint(self._written(node)):
+                return node
+            node = node.next
+        return None
+
+    def is_private(self, node: fx.Node, reader: fx.Node) -> bool:
+        """Whether ``node`` is memory of its own that nobody but ``reader`` reads."""
+        self._analyse()
+        return self._origins[node] == {node} and list(node.users) == [reader]
+
+    def _analyse(self) -> None:
+        if self._origins is not None:
+            return
+        self._origins = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                origins = frozenset(["inputs"])
+            elif node.op == "get_attr":
+                origins = frozenset(["state"])
+            elif self._is_fresh(node):
+                origins = frozenset([node])
+            else:
+                origins = frozenset().union(*(self._origins[n] for n in node.all_input_nodes)) | {node}
+            self._origins[node] = origins
+
+    def _is_fresh(self, node: fx.Node) -> bool:
+        if node.op == "call_function":
+            return node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
+        if node.op == "call_method":
+            return node.target in ("add", "mul", "sub", "clone")
+        if node.op != "call_module":
+            return False
+        module = self.modules[node.target]
+        if isinstance(module, _FRESH_MODULES) or is_batch_norm(module):
+            return True
+        return recognise(module) is not None and type(module) is not nn.Identity and not _in_place(module)
+
+    def _written(self, node: fx.Node) -> frozenset:
+        """The origins that running the node may write to."""
+        if node.op == "call_module":
+            module = self.modules[node.target]
+            if type(module).__module__.startswith("torch.nn") and not list(module.children()):
+                written = node.all_input_nodes if _in_place(module) else []
+            else:
+                written = node.all_input_nodes  # a module of the user's own might
+        elif node.op in ("call_function", "call_method"):
+            written = node.all_input_nodes[:1] if _writes(node) else []
+            if "out" in node.kwargs:
+                written = node.all_input_nodes
+        else:
+            written = []
+        return frozenset().union(*(self._origins[n] for n in written)) - {"state"}
+
+
+def _in_place(module: nn.Module) -> bool:
+    return bool(getattr(module, "inplace", False))

@@ -1,0 +1,523 @@
+"""Giving one container instance the rewritten forward: a generated subclass of its class, and back.
+
+The generated class differs from the stock class in its methods only. Nothing is registered and no attribute
+is added, so types, ``state_dict`` keys, hooks and pickles stay what they were. Its forward picks, at every
+call, among graphs captured under different conditions, and runs the stock forward where none of them holds:
+
+* ``training``: the forward may read ``self.training``;
+* *intact*: a graph that goes through child Sequentials, or past children that return their input, holds as
+  long as those carry no hooks and still have the children they had; else a graph that calls them takes over;
+* the kind of the inputs, where the forward asks for it;
+* arguments that have a default must be left at it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+import itertools
+import linecache
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastnets.fused import packing
+from fastnets.fused.activation import recognise
+from fastnets.fused.capture import _DROPOUTS, Captured, CaptureError, capture, has_hooks, required_arguments
+from fastnets.fused.layout import (
+    LayoutError,
+    hide_layout,
+    may_observe_layout,
+    names_read_by,
+    restore_layout_of_all,
+)
+from fastnets.fused.patterns import Fusion, Left, fuse, is_batch_norm, is_convolution
+
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"_modules"}
+_GRAPH_HEADER = re.compile(r"^def forward\(", re.MULTILINE)
+_WRAP_STATEMENT = re.compile(r"^torch\.fx\.wrap\(.*\)\n", re.MULTILINE)
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a container was rewritten: enough to do it again after unpickling or a change of its structure.
+
+    Attributes:
+        backend: what the fused calls run on.
+        restores_outputs: the caller is not rewritten, so results go out in stock's layout.
+        keep_stock: paths, from the container, of layers that are not to be fused.
+        example: on the root, shapes of the example inputs given to ``optimize``, for reports.
+    """
+
+    backend: str = "auto"
+    restores_outputs: bool = False
+    keep_stock: frozenset[str] = frozenset()
+    example: object = field(default=None, hash=False)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When one captured graph holds."""
+
+    training: bool
+    intact: bool
+    kind: type
+
+
+@dataclass
+class Variant:
+    """What runs under one condition: a rewritten graph, or stock (``captured`` None) for the ``reason``."""
+
+    captured: Captured | None
+    reason: str = ""
+    source: str = ""
+    namespace: dict = field(default_factory=dict)
+    fusions: tuple[Fusion, ...] = ()
+    left: tuple[Left, ...] = ()
+    changes: int = 0
+
+
+class Blueprint:
+    """What a generated class was made from. It pickles as the stock class and the recipe."""
+
+    def __init__(self, stock_class: type[nn.Module], recipe: Recipe):
+        self.stock_class = stock_class
+        self.recipe = recipe
+        self.generated: type[nn.Module] | None = None
+        self.variants: dict[Condition, Variant] = {}
+        self.source = ""
+        self.hides_layout = True
+
+    def __reduce__(self):
+        return Blueprint, (self.stock_class, self.recipe)
+
+    def __deepcopy__(self, memo) -> Blueprint:
+        return self
+
+
+# --- capturing all variants of one container ------------------------------------------------------------------
+
+
+def ends_in_layers(sequential: nn.Module) -> bool:
+    """Whether a Sequential begins or ends with something that may fuse with what stands around it."""
+    children = list(sequential.children())
+    for child in children[:1] + children[-1:]:
+        if is_convolution(child) or is_batch_norm(child) or recognise(child) is not None:
+            return True
+        if is_sequential(child) and ends_in_layers(child):
+            return True
+    return False
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """An nn.Sequential with the stock forward (which a rewritten one stands for, too)."""
+    cls = without_rewrite(type(module))
+    return issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward
+
+
+def _may_inline(module: nn.Module) -> bool:
+    return is_sequential(module) and not has_hooks(module) and ends_in_layers(module)
+
+
+def capture_variants(module: nn.Module) -> dict[Condition, Variant]:
+    """Capture the forward under every condition that makes a difference. ``module`` has its stock class."""
+    variants: dict[Condition, Variant] = {}
+    for training in (False, True):
+        kinds = [Tensor]
+        for kind in kinds:
+            inlining = _variant(module, training, _may_inline, kind)
+            variants[Condition(training, True, kind)] = variants[Condition(training, False, kind)] = inlining
+            captured = inlining.captured
+            if captured is not None and (captured.inlined or captured.bypassed):
+                variants[Condition(training, False, kind)] = _variant(module, training, None, kind)
+            if kind is Tensor and (captured is None or captured.asks_type):
+                kinds.append(list)
+    return variants
+
+
+def _variant(module: nn.Module, training: bool, inline: Callable | None, kind: type) -> Variant:
+    try:
+        captured = capture(module, training=training, inline=inline, input_kind=kind)
+    except CaptureError as error:
+        return Variant(None, str(error))
+    if kind is list and len([n for n in captured.graph.nodes if n.op == "placeholder"]) != 1:
+        return Variant(None, "its forward takes several arguments, not all of them tensors")
+    return Variant(captured)
+
+
+def observes_layout(module: nn.Module) -> bool:
+    """Whether a rewritten caller must give ``module`` its inputs in stock's layout."""
+    blueprint = blueprint_of(type(module))
+    return not blueprint.hides_layout if blueprint is not None else may_observe_layout(type(module))
+
+
+# --- writing the forward --------------------------------------------------------------------------------------
+
+
+def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], recipe: Recipe) -> None:
+    """Fuse and hide layouts in every captured graph, and write its source. Works on each graph once."""
+    done: set[int] = set()
+    for variant in variants.values():
+        if variant.captured is None or id(variant) in done:
+            continue
+        done.add(id(variant))
+        graph = variant.captured.graph
+        variant.fusions, variant.left = fuse(graph, module, recipe.backend, recipe.keep_stock)
+        try:
+            variant.changes = hide_layout(
+                graph, module, restore_outputs=recipe.restores_outputs, observing=observes_layout
+            )
+        except LayoutError as error:
+            variant.captured, variant.reason = None, str(error)
+            variant.fusions = ()
+            continue
+        code = graph.python_code("self")
+        variant.source, variant.namespace = _WRAP_STATEMENT.sub("", code.src).strip(), dict(code.globals)
+
+
+class _Writer:
+    """Puts the variants together into the source of one class's ``forward``."""
+
+    def __init__(self, module: nn.Module, variants: dict[Condition, Variant], recipe: Recipe):
+        self.module = module
+        self.variants = variants
+        self.recipe = recipe
+        self.stock_forward = type(module).forward
+        self.signature = inspect.signature(self.stock_forward)
+        self.namespace: dict[str, object] = {"_fn_stock": self.stock_forward, "_fn_Tensor": Tensor}
+        self.functions: dict[str, str] = {}  # source of a variant's function -> its name
+
+    def write(self) -> str:
+        self_name, *parameters = self.signature.parameters.values()
+        declared, passed, guards = [self_name.name], [self_name.name], []
+        star = False
+        for p in parameters:
+            default = ""
+            if p.default is not p.empty:
+                name = f"_fn_default_{p.name}"
+                self.namespace[name] = p.default
+                default = f"={name}"
+                same = "==" if type(p.default) in (int, float, str, tuple) else "is"
+                guards.append(f"{p.name} {same} {name}")
+            if p.kind is p.VAR_POSITIONAL:
+                star = True
+                declared.append(f"*{p.name}")
+                passed.append(f"*{p.name}")
+                guards.append(f"not {p.name}")
+            elif p.kind is p.VAR_KEYWORD:
+                declared.append(f"**{p.name}")
+                passed.append(f"**{p.name}")
+                guards.append(f"not {p.name}")
+            elif p.kind is p.KEYWORD_ONLY:
+                if not star:
+                    declared.append("*")
+                    star = True
+                declared.append(p.name + default)
+                passed.append(f"{p.name}={p.name}")
+            else:
+                declared.append(p.name + default)
+                passed.append(p.name)
+        last_positional_only = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        if last_positional_only:
+            declared.insert(len(last_positional_only) + 1, "/")
+        try:
+            self.arguments = [self_name.name, *required_arguments(self.stock_forward)]
+        except CaptureError:  # then nothing was captured either; the stock forward is only called
+            self.arguments = declared[:1]
+        self.stock_call = f"_fn_stock({', '.join(passed)})"
+        if self.recipe.restores_outputs:
+            self.namespace["_fn_restore"] = restore_layout_of_all
+            inputs = "".join(f", {name}" for name in self.arguments[1:])
+            self.stock_call = f"_fn_restore({self.stock_call}{inputs})"
+        lines = []
+        if guards:
+            lines += [f"    if not ({' and '.join(guards)}):", f"        return {self.stock_call}"]
+        lines += self._branch(list(self.variants), "    ")
+        if len(self.functions) == 1 and len(lines) == 1 and "_fn_graph_0(" in lines[0]:
+            return next(iter(self.functions)) + "\n"  # one graph for all cases: it is the forward
+        body = "\n".join([f"def forward({', '.join(declared)}):", *lines])
+        graphs = [_GRAPH_HEADER.sub(f"def {name}(", text, count=1) for text, name in self.functions.items()]
+        return "\n\n\n".join([*graphs, body]) + "\n"
+
+    def _branch(self, conditions: list[Condition], indent: str) -> list[str]:
+        """Lines that return what the one condition that holds asks for."""
+        for test, split in (
+            (self._test_training, lambda c: c.training),
+            (self._test_kind, lambda c: c.kind is Tensor),
+            (self._test_intact, lambda c: c.intact),
+        ):
+            yes = [c for c in conditions if split(c)]
+            no = [c for c in conditions if not split(c)]
+            if not yes or not no:
+                continue
+            when_yes, when_no = self._branch(yes, indent + "    "), self._branch(no, indent)
+            if [line.strip() for line in when_yes] == [line.strip() for line in when_no]:
+                return when_no
+            return [f"{indent}if {test(conditions)}:", *when_yes, *when_no]
+        return self._call(conditions[0], indent)
+
+    def _call(self, condition: Condition, indent: str) -> list[str]:
+        variant = self.variants[condition]
+        if variant.captured is None:
+            return [f"{indent}return {self.stock_call}"]
+        name = self.functions.get(variant.source)
+        if name is None:
+            name = self.functions[variant.source] = f"_fn_graph_{len(self.functions)}"
+        call = f"return {name}({', '.join(self.arguments)})"
+        if condition.kind is list:
+            return [f"{indent}if type({self.arguments[1]}) is list:", f"{indent}    {call}",
+                    f"{indent}return {self.stock_call}"]  # fmt: skip
+        return [f"{indent}{call}"]
+
+    def _test_training(self, conditions: list[Condition]) -> str:
+        return f"{self.arguments[0]}.training"
+
+    def _test_kind(self, conditions: list[Condition]) -> str:
+        return " and ".join(f"isinstance({name}, _fn_Tensor)" for name in self.arguments[1:]) or "True"
+
+    def _test_intact(self, conditions: list[Condition]) -> str:
+        captured = self.variants[next(c for c in conditions if c.intact)].captured
+        self.namespace.update(_fn_intact=is_intact, _fn_passes=passes_through)
+        tests = []
+        for path in captured.inlined:
+            child = self.module.get_submodule(path)
+            name = f"_fn_children_{path.replace('.', '_')}"
+            self.namespace[name] = children_of(child)
+            tests.append(f"_fn_intact({self._path(path)}, {name})")
+        tests += [f"_fn_passes({self._path(path)})" for path in captured.bypassed]
+        return " and ".join(tests)
+
+    def _path(self, path: str) -> str:
+        expression = self.arguments[0]
+        for part in path.split("."):
+            expression = f"{expression}.{part}" if part.isidentifier() else f'getattr({expression}, "{part}")'
+        return expression
+
+
+def children_of(module: nn.Module) -> tuple:
+    """Names and classes of a module's children."""
+    return tuple(module._modules), tuple(map(type, module._modules.values()))
+
+
+def is_intact(sequential: nn.Module, children: tuple) -> bool:
+    """Whether going through ``sequential`` still equals calling it."""
+    return not (has_hooks(sequential) or _has_any_global_hook()) and children_of(sequential) == children
+
+
+def passes_through(module: nn.Module) -> bool:
+    """Whether calling ``module`` would still return its input."""
+    if has_hooks(module) or _has_any_global_hook():
+        return False
+    return type(module) is nn.Identity or (type(module) in _DROPOUTS and not module.training)
+
+
+# --- the generated class --------------------------------------------------------------------------------------
+
+
+class Rewritten:
+    """First base of every generated class: a stock container that runs rewritten graphs."""
+
+    _fastnets: Blueprint
+
+    def __init_subclass__(cls, **options) -> None:
+        """Keep registries of subclasses, which the stock class may have, free of generated classes."""
+
+    def train(self, mode: bool = True):
+        packing.bump()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        packing.bump()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        packing.bump()
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _MODULE_INTERNALS or name == "__class__" or isinstance(value, Tensor):
+            super().__setattr__(name, value)
+            return
+        before = self.__dict__.get("_modules", {}).get(name)
+        old = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) or before is not None:
+            stale = _role(before) != _role(value)
+        else:
+            stale = name == "_modules" or (
+                old is not value and name in names_read_by(self._fastnets.stock_class)
+            )
+        if stale:
+            rewrite_again(self)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        rewrite_again(self)
+
+    def __reduce_ex__(self, protocol: int):
+        make, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
+        if make is not copyreg.__newobj__ or "_fastnets" not in vars(arguments[0]):
+            return make, arguments, *rest
+        return _instantiate, (self._fastnets, *arguments[1:]), *rest
+
+
+def _role(module: object) -> object:
+    """What a graph takes a child for: two children of one role may replace each other under it."""
+    if not isinstance(module, nn.Module):
+        return type(module)
+    if is_sequential(module):
+        return module
+    return (
+        is_convolution(module),
+        is_batch_norm(module),
+        recognise(module),
+        type(module) in _DROPOUTS,
+        observes_layout(module),
+    )
+
+
+def _instantiate(blueprint: Blueprint, *arguments: object) -> nn.Module:
+    """A bare instance for copies and pickles to fill in."""
+    cls = blueprint.generated
+    if cls is None:  # unpickled: the forward is made again when the state has arrived
+        stock = blueprint.stock_class
+        cls = type(stock)(stock.__name__, (_Unpickled, stock), {"_fastnets": blueprint})
+    return cls.__new__(cls, *arguments)
+
+
+class _Unpickled(Rewritten):
+    """A rewritten container whose state is not there yet."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super(Rewritten, self).__setattr__(name, value)
+
+    def __setstate__(self, state: object) -> None:
+        blueprint = self._fastnets
+        self.__class__ = blueprint.stock_class
+        self.__setstate__(state)
+        rewrite(self, blueprint.recipe)
+
+
+_classes: weakref.WeakValueDictionary[tuple, type] = weakref.WeakValueDictionary()
+
+
+def install(module: nn.Module, variants: dict[Condition, Variant], recipe: Recipe) -> bool:
+    """Give ``module`` a class that runs the rewritten ``variants``; False where that would change nothing."""
+    rewrite_variants(module, variants, recipe)
+    captured = [v for v in variants.values() if v.captured is not None]
+    if not recipe.restores_outputs and not any(v.fusions or v.changes for v in captured):
+        return False
+    stock = type(module)
+    writer = _Writer(module, variants, recipe)
+    source = writer.write()
+    # fx names the globals of different graphs alike when they are the same object.
+    for variant in captured:
+        for name, value in variant.namespace.items():
+            if writer.namespace.setdefault(name, value) is not value:
+                return False
+    key = (stock, source, recipe, tuple((n, id(v)) for n, v in sorted(writer.namespace.items())
+                                        if not n.startswith("_fn_children")),
+           tuple(v for n, v in sorted(writer.namespace.items()) if n.startswith("_fn_children")))  # fmt: skip
+    cls = _classes.get(key)
+    if cls is None:
+        cls = _generate(stock, source, writer.namespace, variants, recipe)
+        _classes[key] = cls
+    module.__class__ = cls
+    return True
+
+
+def _generate(
+    stock, source: str, namespace: dict, variants: dict[Condition, Variant], recipe: Recipe
+) -> type:
+    filename = f"<fastnets {stock.__module__}.{stock.__qualname__} #{next(_serial)}>"
+    scope = dict(namespace)
+    exec(compile(source, filename, "exec"), scope)
+    linecache.cache[filename] = (
+        len(source),
+        None,
+        source.splitlines(keepends=True),
+        filename,
+    )  # for tracebacks
+    forward = scope["forward"]
+    signature = inspect.signature(stock.forward)
+    forward.__annotations__ = {
+        p.name: p.annotation for p in signature.parameters.values() if p.annotation is not p.empty
+    }
+    if signature.return_annotation is not signature.empty:
+        forward.__annotations__["return"] = signature.return_annotation
+    forward.__doc__ = stock.forward.__doc__
+    forward.__module__, forward.__qualname__ = stock.__module__, stock.forward.__qualname__
+    blueprint = Blueprint(stock, recipe)
+    blueprint.variants, blueprint.source = variants, source
+    blueprint.hides_layout = hides_layout(stock, variants)
+    attributes = {
+        "forward": forward,
+        "_fastnets": blueprint,
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
+    blueprint.generated = type(stock)(stock.__name__, (Rewritten, stock), attributes)
+    return blueprint.generated
+
+
+def hides_layout(stock: type[nn.Module], variants: dict[Condition, Variant]) -> bool:
+    """Whether no tensor's layout is seen in ``stock``'s forward, whichever way a call goes."""
+    if not may_observe_layout(stock):
+        return True
+    parameters = list(inspect.signature(stock.forward).parameters.values())[1:]
+    optional = any(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
+    )
+    return not optional and all(v.captured is not None for v in variants.values())
+
+
+def rewrite(module: nn.Module, recipe: Recipe) -> bool:
+    """Capture, rewrite and install, for one module that has its stock class. False leaves it as it is."""
+    variants = capture_variants(module)
+    if all(v.captured is None for v in variants.values()) and not recipe.restores_outputs:
+        return False
+    try:
+        return install(module, variants, recipe)
+    except CaptureError:
+        return False
+
+
+def rewrite_again(module: nn.Module) -> None:
+    """Rewrite a container whose structure has changed."""
+    blueprint = module._fastnets
+    back = without_rewrite(type(module))
+    directly = "_fastnets" in vars(type(module))
+    module.__class__ = back
+    if directly:
+        rewrite(module, blueprint.recipe)
+
+
+# --- and back -------------------------------------------------------------------------------------------------
+
+
+def blueprint_of(cls: type) -> Blueprint | None:
+    """The blueprint of a generated class, or of the generated class that ``cls`` was derived from."""
+    return getattr(cls, "_fastnets", None) if issubclass(cls, Rewritten) else None
+
+
+def without_rewrite(cls: type) -> type:
+    """The class without the generated one in its ancestry: FSDP and parametrizations derive from whatever
+    class they find."""
+    if not issubclass(cls, Rewritten):
+        return cls
+    if "_fastnets" in vars(cls):
+        return cls._fastnets.stock_class
+    key = ("without", cls)
+    stock = _classes.get(key)
+    if stock is None:
+        attributes = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        stock = _classes[key] = type(cls)(
+            cls.__name__, tuple(map(without_rewrite, cls.__bases__)), attributes
+        )
+    return stock
