@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -149,11 +150,9 @@ class Counter(TorchDispatchMode):
         if body is not None:
             return self.run_fused(body, func, args, kwargs)
         # Ops that are compositions of others come here whole in inference mode.
-        if func._can_decompose():
+        if _is_composition(func):
             with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+                return func.decompose(*args, **kwargs)
         result = _call(func, args, kwargs)
         cost = cost_of(func, args, kwargs, result)
         if cost.launches:
@@ -168,7 +167,8 @@ class Counter(TorchDispatchMode):
             stack.enter_context(_module_calls(self))
             stack.enter_context(_launches(self))
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.saved, lambda tensor: tensor))
-            stack.enter_context(_AttentionAsOne(self))
+            attention = stack.enter_context(_AttentionAsOne(self))
+            stack.enter_context(attention.in_functional())
             stack.enter_context(self)
             yield
 
@@ -232,7 +232,11 @@ class Counter(TorchDispatchMode):
 
 
 class _AttentionAsOne(TorchFunctionMode):
-    """Keeps attention one op where PyTorch would take it apart, as it does on meta tensors."""
+    """Keeps attention one op where PyTorch would take it apart, as it does on meta tensors.
+
+    The mode sees calls of the function itself. Calls from inside ``torch.nn.functional``, whose own
+    functions run with the mode off, go through the name there, which ``in_functional`` replaces.
+    """
 
     def __init__(self, counter: Counter):
         super().__init__()
@@ -240,9 +244,18 @@ class _AttentionAsOne(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention or self.counter.paused:
+        if func is not torch._C._nn.scaled_dot_product_attention or self.counter.paused:
             return func(*args, **kwargs)
         return self.attention(func, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def in_functional(self) -> Iterator[None]:
+        stock = torch.nn.functional.scaled_dot_product_attention
+        torch.nn.functional.scaled_dot_product_attention = functools.partial(self.attention, stock)
+        try:
+            yield
+        finally:
+            torch.nn.functional.scaled_dot_product_attention = stock
 
     def attention(self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
         counter = self.counter
@@ -317,6 +330,16 @@ _FUSED_CONVOLUTIONS = {
     "mkldnn::_convolution_pointwise": ("X", "W"),
     "mkldnn::_convolution_pointwise_": ("X", "W"),
 }
+
+
+@functools.cache
+def _is_composition(func: torch._ops.OpOverload) -> bool:
+    """Whether the op is nothing but other ops, on every device."""
+    name = func.name()
+    return func._can_decompose() and not any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        for key in ("CPU", "CUDA", "CompositeExplicitAutograd")
+    )
 
 
 def _call(func, args: tuple, kwargs: Mapping[str, Any]) -> Any:

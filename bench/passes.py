@@ -108,6 +108,12 @@ SELF_UNREAD = frozenset(
     )
 )
 
+# Batch norms that, by their running statistics, leave the saved ones empty; on meta tensors they look
+# written.
+STATISTICS_UNWRITTEN = frozenset(
+    _aten("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm _batch_norm_no_update")
+)
+
 # Ops that touch only as many elements of the first argument as the second one (or the result) has.
 PARTIAL: Mapping[str, tuple[str, str]] = {
     "aten::embedding": ("weight", "result"),
@@ -127,6 +133,7 @@ GRADS_UNWRITTEN = frozenset(_aten("_fused_adam_ _fused_adamw_ _fused_sgd_ _fused
 # Memory is set aside, or its description changed: nothing moves. Views are recognised by their schema.
 FREE = frozenset(
     _aten(
+        "as_strided_ t_ transpose_ squeeze_ unsqueeze_ swapaxes_ detach_ "
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided resize_ resize_as_ set_ "
         "record_stream _local_scalar_dense equal _fused_sdp_choice _assert_async"
     )
@@ -164,8 +171,12 @@ def cost_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[st
     changed = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if name in GRADS_UNWRITTEN:
         changed.remove("grads")
+    sweeps = [p for p in PASSES.get(name, ()) if p.when is None or arguments[p.when]]
+    results = tensors_in(result)
+    if name in STATISTICS_UNWRITTEN and not sweeps:
+        results = results[:1]
     storages = {_storage(t) for value in arguments.values() for t in tensors_in(value)}
-    written = sum(nbytes(t) for t in tensors_in(result) if _storage(t) not in storages)
+    written = sum(nbytes(t) for t in results if _storage(t) not in storages)
     if not changed and not written:
         return Cost()
 
@@ -175,10 +186,9 @@ def cost_of(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[st
         partial, measure = PARTIAL.get(name, (None, None))
         if argument != partial:
             return whole
-        touched = tensors_in(result if measure == "result" else arguments.get(measure))
+        touched = results if measure == "result" else tensors_in(arguments.get(measure))
         return min(whole, sum(t.numel() for t in touched) * operands[0].element_size())
 
-    sweeps = [p for p in PASSES.get(name, ()) if p.when is None or arguments[p.when]]
     written += sum(map(size, {*changed, *(argument for p in sweeps for argument in p.writes)}))
     if not written:  # empty tensors launch nothing
         return Cost()
