@@ -53,7 +53,7 @@ test-slow: $(STAMP)
 
 # The kernels and the ops on them once more, with the oldest supported Triton.
 test-oldest-triton: $(OLDEST_STAMP)
-	OMP_NUM_THREADS=1 $(OLDEST_RUN) -m pytest -n $(JOBS) -m "not slow" tests/kernels tests/lanes tests/fused $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST_RUN) -m pytest -n $(JOBS) -m "not slow" tests/kernels tests/fused $(ARGS)
 
 # Compiles every kernel, shipped configuration and architecture ahead of time, and records what came out.
 aot: $(STAMP)

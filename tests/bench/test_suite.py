@@ -1,0 +1,167 @@
+"""The suite around the clock: preparation, the accuracy gate, and what failures and Ctrl-C leave."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastnets.bench import baselines, suite
+from fastnets.bench.baselines import Unavailable, Variant
+from fastnets.bench.measure import OUT_OF_MEMORY
+from fastnets.bench.networks import Network, settle_batch_norms
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5)]
+    model = nn.Sequential(*layers).eval()
+    settle_batch_norms(model, (3, 8, 8))
+    return Network("small", model, (3, 8, 8), "random")
+
+
+def settings(*variants: str, **options) -> suite.Settings:
+    return suite.Settings(**{"batch_size": 2, "variants": variants, "rounds": 4, "threads": 1, **options})
+
+
+@pytest.fixture
+def add(monkeypatch):
+    """Adds a variant for one test; returns its name."""
+
+    def add(name: str, prepare, ours: bool = True) -> str:
+        monkeypatch.setitem(baselines.VARIANTS, name, Variant(name, name, prepare, ours))
+        return name
+
+    return add
+
+
+def status(result: suite.Result) -> dict[str, tuple[str, str]]:
+    return {row.variant: (row.status, row.note) for row in result.rows}
+
+
+def test_variants_on_the_cpu(network):
+    before = {key: value.clone() for key, value in network.model.state_dict().items()}
+    names = ["eager", "channels-last", "folded", "fastnets", "fastnets-library"]
+    result = suite.run_network(network, settings(*names))
+    assert status(result) == dict.fromkeys(names, ("measured", ""))
+    for row in result.rows:
+        assert row.error_ratio <= 2
+        assert row.top1_agreement == 1
+        assert row.ready_seconds > 0
+        assert len(result.comparison.samples[row.variant].times) == 4
+    assert result.coverage > 0.8
+    assert result.implementations
+    after = network.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not network.model[0].weight.is_inference()
+
+
+@pytest.mark.slow
+def test_compile_is_a_variant(network):
+    result = suite.run_network(network, settings("eager", "compile"))
+    assert status(result)["compile"] == ("measured", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these variants can run here")
+def test_what_cannot_run_here_says_why(network):
+    result = suite.run_network(network, settings("eager", "fastnets-triton", "compile-graphs"))
+    rows = status(result)
+    assert rows["fastnets-triton"] == ("unavailable", "Triton kernels run natively on a CUDA device only")
+    assert rows["compile-graphs"] == ("unavailable", "CUDA graphs need a CUDA device")
+    assert suite.Run({}, {}, [result]).ok
+
+
+def test_wrong_answers_are_never_timed(network, add):
+    timed = []
+
+    def prepare(model, x):
+        wrong = copy.deepcopy(model)
+        with torch.no_grad():
+            wrong[0].weight[0].mul_(1.01)
+        return lambda images: timed.append(1) or wrong(images), x
+
+    result = suite.run_network(network, settings("eager", add("wrong", prepare)))
+    (state, note) = status(result)["wrong"]
+    assert state == "wrong"
+    assert "not timed" in note
+    assert "wrong" not in result.comparison.samples
+    assert len(timed) <= 3  # the first call and the check's own
+    assert not suite.Run({}, {}, [result]).ok
+
+
+def test_failures_are_told_apart(network, add):
+    def no_memory(model, x):
+        torch.empty(1 << 60, dtype=torch.int8)
+
+    def broken(model, x):
+        raise TypeError("no such option")
+
+    def missing(model, x):
+        raise Unavailable("needs a device from next year")
+
+    names = [add("greedy", no_memory), add("broken", broken), add("missing", missing, ours=False)]
+    result = suite.run_network(network, settings("eager", *names))
+    assert status(result) == {
+        "eager": ("measured", ""),
+        "greedy": ("failed", OUT_OF_MEMORY),
+        "broken": ("failed", "TypeError: no such option"),
+        "missing": ("unavailable", "needs a device from next year"),
+    }
+
+
+def test_ctrl_c_while_measuring_keeps_the_rounds(network, add):
+    calls = {"count": 0}
+
+    def prepare(model, x):
+        def call(images):
+            calls["count"] += 1
+            if calls["count"] == 60:
+                raise KeyboardInterrupt
+            return model(images)
+
+        return call, x
+
+    options = settings("eager", add("patient", prepare), rounds=1000)
+    finished: list[suite.Result] = []
+    run = suite.run([lambda: network, lambda: network], options, finished=finished.append)
+    assert run.interrupted
+    assert len(run.results) == len(finished) == 1  # the second network is not started
+    assert status(run.results[0])["eager"] == ("measured", "")
+    assert len(run.results[0].comparison.samples["eager"].times) >= 1
+
+
+def test_ctrl_c_while_preparing_keeps_earlier_networks(network, add):
+    calls = {"count": 0}
+
+    def prepare(model, x):
+        calls["count"] += 1
+        if calls["count"] == 2:
+            raise KeyboardInterrupt
+        return model, x
+
+    options = settings("eager", add("again", prepare))
+    run = suite.run([lambda: network] * 3, options)
+    assert run.interrupted
+    assert [status(result)["again"][0] for result in run.results] == ["measured", "failed"]
+    assert status(run.results[1])["again"] == ("failed", "not reached: interrupted")
+
+
+def test_progress_is_told(network):
+    told = []
+    suite.run_network(network, settings("eager", "channels-last"), tell=lambda *words: told.append(words))
+    phases = [phase for _, phase, *_ in told]
+    assert list(dict.fromkeys(phases)) == ["prepare and check", "warm-up", "measure"]
+    assert ("small", "prepare and check", "channels-last", 1, 2) in told
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ({"batch_size": 0}, "at least one image"),
+        ({"variants": ("eager", "eagr")}, "unknown variant 'eagr'"),
+    ],
+)
+def test_bad_settings(options, fact):
+    with pytest.raises(ValueError, match=fact):
+        suite.Settings(**options)
