@@ -353,7 +353,7 @@ def _check(x, residual, *vectors) -> None:
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(
-                f"bn_add_act: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}; expand it"
+                f"bn_add_act: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}"
             )
         if residual.dtype != x.dtype:
             raise TypeError(f"bn_add_act: residual is {residual.dtype}, x is {x.dtype}; convert one")

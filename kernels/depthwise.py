@@ -1,0 +1,418 @@
+"""Depthwise convolution with its full epilogue, as a direct sum in fp32.
+
+    y[n, k, p, q] = act(bn(sum_rs x[n, k / m, p * stride + r * dilation - padding, ...] * w[k, 0, r, s] +
+    bias)
+                        + residual)        with K = m * C
+
+The work is bound by memory, so the kernel is built around how often an input element is fetched and
+converted. A program owns BLOCK_M output columns times BLOCK_K channels; a column is BLOCK_P output pixels of
+one q, one below the other. For each filter column s it walks down the input rows, and a row, loaded once,
+feeds every output pixel that any filter row r maps onto it: S * (rows of input) / BLOCK_P loads per output
+instead of R * S. What neighbouring q share is found in L1.
+
+Columns are numbered (n, tile of p, q) in one run, so small images waste no lanes. Addresses are masked, not
+clamped: nothing here is loaded asynchronously.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from fastnets.kernels.activation import activate, check_activation
+from fastnets.kernels.device import Device, current_device
+from fastnets.kernels.launch import Config, RepresentativeCall, launch
+
+__all__ = ["configs", "depthwise_conv_bn_act", "representative_calls"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Filters up to 7x7 are unrolled; larger ones run as a loop over taps.
+MAX_UNROLLED_TAPS = 49
+
+
+@triton.constexpr_function
+def filter_row(row, p, stride, dilation, taps):
+    """The filter row that maps input row ``row`` of the column onto its output pixel ``p``, or -1."""
+    offset = row - p * stride
+    return offset // dilation if offset % dilation == 0 and 0 <= offset // dilation < taps else -1
+
+
+@triton.constexpr_function
+def is_used(row, pixels, stride, dilation, taps):
+    return any((row - p * stride) in range(0, taps * dilation, dilation) for p in range(pixels))
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("columns_total", "k_units", "H", "W", "P", "Q", "p_tiles", "pad_h", "pad_w"),
+        *("x_n", "x_h", "x_w", "w_r", "w_s", "r_n", "r_p", "r_q"),
+    ],
+    do_not_specialize_on_alignment=["x_c", "w_k", "r_k"],
+)
+def depthwise_conv_kernel(
+    x,
+    weight,
+    y,
+    residual,
+    bias,
+    mean,
+    var,
+    bn_weight,
+    bn_bias,
+    columns_total,
+    k_units,
+    H,
+    W,
+    P,
+    Q,
+    p_tiles,
+    pad_h,
+    pad_w,
+    # Strides: those of channels in elements, the others of x and residual in units of their VEC.
+    x_n,
+    x_c,
+    x_h,
+    x_w,
+    w_k,
+    w_r,
+    w_s,
+    r_n,
+    r_k,
+    r_p,
+    r_q,
+    eps,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
+    UNROLL: tl.constexpr,
+    # Elements per access: VEC divides K; X_VEC and R_VEC divide the strides of x and residual.
+    VEC: tl.constexpr,
+    X_VEC: tl.constexpr,
+    R_VEC: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    K = k_units * VEC
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    column_tile = pid // k_tiles
+    if WIDE_OFFSETS:
+        column_tile = column_tile.to(tl.int64)
+    m = column_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = (pid % k_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_mask = m < columns_total
+    k_mask = k < K
+    q = m % Q
+    n = (m // Q) // p_tiles
+    p0 = ((m // Q) % p_tiles) * BLOCK_P
+
+    if MULTIPLIER == 1:
+        c = k
+    else:
+        c = k // MULTIPLIER
+    if WIDE_OFFSETS:
+        c = c.to(tl.int64)
+    h0 = p0 * STRIDE_H - pad_h
+    w0 = q * STRIDE_W - pad_w
+    image = x + (n * x_n * X_VEC)[:, None] + (c * x_c)[None, :]
+    filters = weight + (k * w_k)
+
+    sums = ()
+    for _ in tl.static_range(BLOCK_P):
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_K), tl.float32),)
+    if UNROLL:
+        for s in tl.static_range(S):
+            w = w0 + s * DILATION_W
+            w_mask = m_mask & (w >= 0) & (w < W)
+            taps = ()
+            for r in tl.static_range(R):
+                tap = tl.load(filters + (r * w_r + s * w_s), mask=k_mask, other=0.0)
+                taps = taps + (tap.to(tl.float32)[None, :],)
+            for row in tl.static_range((BLOCK_P - 1) * STRIDE_H + (R - 1) * DILATION_H + 1):
+                if is_used(row, BLOCK_P, STRIDE_H, DILATION_H, R):
+                    h = h0 + row
+                    mask = (w_mask & (h >= 0) & (h < H))[:, None] & k_mask[None, :]
+                    offset = ((h * x_h + w * x_w) * X_VEC)[:, None]
+                    value = tl.load(image + offset, mask=mask, other=0.0).to(tl.float32)
+                    added = ()
+                    for p in tl.static_range(BLOCK_P):
+                        if filter_row(row, p, STRIDE_H, DILATION_H, R) >= 0:
+                            tap = taps[filter_row(row, p, STRIDE_H, DILATION_H, R)]
+                            added = added + (sums[p] + value * tap,)
+                        else:
+                            added = added + (sums[p],)
+                    sums = added
+    else:
+        for rs in range(R * S):
+            r = rs // S
+            s = rs % S
+            tap = tl.load(filters + (r * w_r + s * w_s), mask=k_mask, other=0.0).to(tl.float32)[None, :]
+            w = w0 + s * DILATION_W
+            added = ()
+            for p in tl.static_range(BLOCK_P):
+                h = h0 + p * STRIDE_H + r * DILATION_H
+                mask = (m_mask & (w >= 0) & (w < W) & (h >= 0) & (h < H))[:, None] & k_mask[None, :]
+                offset = ((h * x_h + w * x_w) * X_VEC)[:, None]
+                value = tl.load(image + offset, mask=mask, other=0.0).to(tl.float32)
+                added = added + (sums[p] + value * tap,)
+            sums = added
+
+    # y = (sum + before) * scale + after, all [1, BLOCK_K].
+    before = tl.zeros((1, BLOCK_K), tl.float32)
+    scale = tl.full((1, BLOCK_K), 1.0, tl.float32)
+    after = tl.zeros((1, BLOCK_K), tl.float32)
+    if bias is not None:
+        before += tl.load(bias + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+    if mean is not None:
+        before -= tl.load(mean + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+    if var is not None:
+        scale *= tl.rsqrt(tl.load(var + k, mask=k_mask, other=1.0).to(tl.float32) + eps)[None, :]
+    if bn_weight is not None:
+        scale *= tl.load(bn_weight + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+    if bn_bias is not None:
+        after += tl.load(bn_bias + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+
+    if WIDE_OFFSETS:
+        k = k.to(tl.int64)
+    for p in tl.static_range(BLOCK_P):
+        value = (sums[p] + before) * scale + after
+        mask = (m_mask & (p0 + p < P))[:, None] & k_mask[None, :]
+        if residual is not None:
+            pixel = (n * r_n + (p0 + p) * r_p + q * r_q) * R_VEC
+            r_offset = pixel[:, None] + (k * r_k)[None, :]
+            value += tl.load(residual + r_offset, mask=mask, other=0.0).to(tl.float32)
+        value = activate(value, ACTIVATION, negative_slope)
+        y_pixel = ((n * P + p0 + p) * Q + q) * k_units * VEC
+        tl.store(y + y_pixel[:, None] + k[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+# 1024 outputs of one row of the column per block of 4 warps: a 16-byte vector of channels a thread in 16-bit
+# types.
+_BLOCK_K = (64, 32, 16)
+_BLOCK_P = (4, 2, 1)
+
+
+def _config(block_k: int, block_p: int) -> Config:
+    return Config(BLOCK_M=1024 // block_k, BLOCK_K=block_k, BLOCK_P=block_p, num_warps=4, num_stages=1)
+
+
+def configs(device: Device) -> list[Config]:
+    """Every config that may be picked on ``device``: the same everywhere, the kernel is bound by memory."""
+    return [_config(block_k, block_p) for block_k in _BLOCK_K for block_p in _BLOCK_P]
+
+
+@functools.lru_cache(maxsize=4096)
+def _pick(N: int, K: int, P: int, Q: int, unroll: bool, multiprocessors: int) -> Config:
+    """Wide channel blocks unless they would be mostly padding; tall columns unless they leave the device idle."""
+    padded = {b: triton.cdiv(K, b) * b for b in _BLOCK_K}
+    block_k = next(
+        (b for b in _BLOCK_K if padded[b] <= 1.2 * K), min(_BLOCK_K, key=lambda b: (padded[b], -b))
+    )
+    if not unroll:
+        return _config(block_k, 1)
+    for block_p in _BLOCK_P:
+        blocks = triton.cdiv(N * triton.cdiv(P, block_p) * Q, 1024 // block_k) * triton.cdiv(K, block_k)
+        if triton.cdiv(P, block_p) * block_p <= 1.2 * P + 1 and blocks >= 4 * multiprocessors:
+            break
+    return _config(block_k, block_p)
+
+
+def depthwise_conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    bn_weight: torch.Tensor | None = None,
+    bn_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """``act(bn(conv2d(x, weight, bias, groups=C)) + residual)`` in one launch.
+
+    x: [N, C, H, W]; weight: [K, 1, R, S] with K a multiple of C; residual: [N, K, P, Q]; all of one dtype
+    (fp32, fp16 or bf16) with any strides. bias, running_mean, running_var, bn_weight, bn_bias: [K], any
+    float dtype, any may be None. Accumulated and finished in fp32, rounded once. Returns [N, K, P, Q], dense
+    channels-last. Channels-last x is read in 16-byte accesses where the strides allow; a contiguous x is
+    read element by element.
+
+    Raises ``ValueError`` and ``TypeError`` for what does not fit.
+    """
+    check_activation(activation)
+    N, K, P, Q = _check(x, weight, residual, stride, padding, dilation, groups)
+    for name, vector in zip(_VECTOR_NAMES, (bias, running_mean, running_var, bn_weight, bn_bias)):
+        if vector is not None and (vector.dim() != 1 or vector.shape[0] != K):
+            raise ValueError(
+                f"depthwise_conv_bn_act: {name} has shape {tuple(vector.shape)}, expected ({K},)"
+            )
+    y = torch.empty((N, K, P, Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    C, H, W = x.shape[1:]
+    R, S = weight.shape[2:]
+    unroll = R * S <= MAX_UNROLLED_TAPS
+    if config is None:
+        config = _pick(N, K, P, Q, unroll, current_device(x).multiprocessors)
+    block_p = config.BLOCK_P
+    columns = N * triton.cdiv(P, block_p) * Q
+    limit = 16 // x.element_size()
+    vec = _power_of_two_divisor(limit, K)
+    x_strides, x_vec = _strides_in_units(x, vec if K == C else 1)
+    residual_strides, r_vec = ((0, 0, 0, 0), 1) if residual is None else _strides_in_units(residual, vec)
+    extent = max(_extent(t) for t in (x, y, residual if residual is not None else y))
+    vectors = [
+        v if v is None or v.stride(0) == 1 or v.numel() == 1 else v.contiguous()
+        for v in (bias, running_mean, running_var, bn_weight, bn_bias)
+    ]
+    launch(
+        depthwise_conv_kernel,
+        (triton.cdiv(columns, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_K),),
+        x,
+        weight,
+        y,
+        residual,
+        *vectors,
+        columns,
+        K // vec,
+        H,
+        W,
+        P,
+        Q,
+        triton.cdiv(P, block_p),
+        *padding,
+        *x_strides,
+        weight.stride(0),
+        weight.stride(2),
+        weight.stride(3),
+        *residual_strides,
+        eps,
+        negative_slope,
+        config=config,
+        reads=(x, weight, residual, *vectors),
+        writes=(y,),
+        flops=2 * N * K * P * Q * R * S,
+        ACTIVATION=activation,
+        R=R,
+        S=S,
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        DILATION_H=dilation[0],
+        DILATION_W=dilation[1],
+        MULTIPLIER=K // C,
+        UNROLL=unroll,
+        VEC=vec,
+        X_VEC=x_vec,
+        R_VEC=r_vec,
+        # Columns overhang the image by a tile and a halo.
+        WIDE_OFFSETS=2 * extent >= 2**31,
+    )
+    return y
+
+
+_VECTOR_NAMES = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
+
+
+def _strides_in_units(tensor: torch.Tensor, limit: int) -> tuple[tuple[int, int, int, int], int]:
+    """Strides of (n, c, h, w), all but c's divided by the longest access they allow, and that access."""
+    n, c, h, w = tensor.stride()
+    vec = _power_of_two_divisor(limit, n, h, w) if c == 1 else 1
+    return (n // vec, c, h // vec, w // vec), vec
+
+
+def _power_of_two_divisor(limit: int, *values: int) -> int:
+    """The largest power of two up to ``limit`` (itself one) that divides all values."""
+    while any(v % limit for v in values):
+        limit //= 2
+    return limit
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def _check(x, weight, residual, stride, padding, dilation, groups) -> tuple[int, int, int, int]:
+    who = "depthwise_conv_bn_act"
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(f"{who}: x has {x.dim()} dims and weight {weight.dim()}, expected 4 and 4")
+    N, C, H, W = x.shape
+    K, per_group, R, S = weight.shape
+    if groups not in (None, C) or per_group != 1 or C == 0 or K % C:
+        raise ValueError(
+            f"{who}: weight {tuple(weight.shape)} with groups={groups} is not depthwise for x with {C} channels "
+            f"(groups must be {C} and weight [multiple of {C}, 1, R, S])"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{who}: x is {x.dtype}, expected float32, float16 or bfloat16; convert it")
+    for name, tensor in (("weight", weight), ("residual", residual)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{who}: {name} is {tensor.dtype}, x is {x.dtype}; convert one of them")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(f"{who}: stride={stride}, dilation={dilation}, padding={padding} are out of range")
+    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    if P < 1 or Q < 1:
+        raise ValueError(
+            f"{who}: the padded input is smaller than the filter: image {H}x{W}, padding {padding}, "
+            f"filter {R}x{S}, dilation {dilation}"
+        )
+    if residual is not None and tuple(residual.shape) != (N, K, P, Q):
+        raise ValueError(f"{who}: residual has shape {tuple(residual.shape)}, expected {(N, K, P, Q)}")
+    return N, K, P, Q
+
+
+def representative_calls() -> list[RepresentativeCall]:
+    """Meta tensors in the geometries that networks have: see ``kernels``."""
+    half, bf16, full = torch.float16, torch.bfloat16, torch.float32
+
+    def call(C, size, R, dtype, stride=1, dilation=1, multiplier=1, residual=False, activation="relu6"):
+        def thunk(config=None):
+            K = multiplier * C
+            x = torch.empty(32, C, size, size, dtype=dtype, device="meta").to(
+                memory_format=torch.channels_last
+            )
+            weight = torch.empty(K, 1, R, R, dtype=dtype, device="meta")
+            vectors = [torch.empty(K, dtype=full, device="meta") for _ in range(4)]
+            return depthwise_conv_bn_act(
+                x,
+                weight,
+                None,
+                *vectors,
+                torch.empty_like(x) if residual else None,
+                stride=(stride, stride),
+                padding=(R // 2 * dilation,) * 2,
+                dilation=(dilation, dilation),
+                activation=activation,
+                config=config,
+            )
+
+        return thunk
+
+    table = [
+        ("3x3 fp16", call(144, 56, 3, half)),
+        ("3x3 stride 2 bf16", call(96, 112, 3, bf16, stride=2)),
+        ("3x3 fp32", call(384, 14, 3, full)),
+        ("3x3 dilation 2 fp16, add", call(64, 28, 3, half, dilation=2, residual=True)),
+        ("5x5 fp16 hardswish", call(240, 14, 5, half, activation="hardswish")),
+        ("5x5 stride 2 fp32 silu", call(240, 28, 5, full, stride=2, activation="silu")),
+        ("7x7 bf16", call(192, 28, 7, bf16, activation="none")),
+        ("3x3 multiplier 2 fp16", call(32, 28, 3, half, multiplier=2)),
+        ("11x11 fp16", call(96, 14, 11, half)),
+    ]
+    return [RepresentativeCall(name, thunk) for name, thunk in table]
