@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
@@ -184,6 +185,11 @@ def launch(
             return
     elif isinstance(kernel, JITFunction):
         _require_driver_for(anchor, kernel)
+    if _observers:
+        # An interpreter or emulator moves tensors by PyTorch ops; a counting dispatch mode is not to see them.
+        with _disable_current_modes():
+            kernel[grid](*args, **config.meta, **constexprs, **config.options)
+        return
     kernel[grid](*args, **config.meta, **constexprs, **config.options)
 
 
