@@ -1,0 +1,343 @@
+"""Two-dimensional convolution and its epilogue, as an implicit matrix product over channels-last tensors.
+
+    y = act(bn(conv2d(x, weight) + bias) + residual)
+
+The convolution is read as a matrix product, with nothing copied:
+
+    Y [M, K] = A [M, R·S·C] · B [R·S·C, K]        M = N·P·Q output pixels
+
+Row m of A is the window of pixel m: R·S *taps*, each a run of C channels, zero where the window hangs over
+the edge. B is the weight. In channels-last memory both are runs of channels, loaded 16 bytes at a time.
+
+``conv_kernel`` walks A's columns tap by tap, in blocks of channels. Its loop is that of a matrix product; all
+it adds is one shift for all rows (a scalar), and one bit per row that says whether the tap is inside the
+image. A 1×1 filter drops even these.
+
+``conv_reduce_kernel`` is the second half of split-K: where the tiles are too few to fill the GPU, SPLIT_K
+programs share the columns of each, and their fp32 partial sums are added here, always in the same order.
+
+Groups that are wide enough for a tile run here too, each in its own grid column. ``conv_bn_act`` sends the
+rest where it belongs: few channels to ``conv_joint``, narrow groups to ``conv_grouped``, depthwise filters to
+``depthwise``. How a tile begins and ends, epilogue included, is in ``conv_tile``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from fastnets.kernels.conv_configs import (
+    choose_config,
+    kernel_configs,
+    kernel_of,
+    reduce_config,
+    representative,
+)
+from fastnets.kernels.conv_shape import SIZES, ConvCall, ConvShape, conv_call
+from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
+from fastnets.kernels.device import Device, current_device
+from fastnets.kernels.launch import Config, RepresentativeCall, launch
+
+__all__ = ["choose_config", "configs", "conv_bn_act", "representative_calls"]
+
+
+@triton.jit(do_not_specialize=(*SIZES, "C"))
+def conv_kernel(
+    x, weight, y, bias, running_mean, running_var, bn_weight, bn_bias, residual,
+    M, C, H, W, K, P, Q, y_pitch,
+    x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s,
+    residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    VECTOR_X: tl.constexpr, VECTOR_WEIGHT: tl.constexpr, VECTOR_Y: tl.constexpr,
+    EVEN_C: tl.constexpr, FLAT_X: tl.constexpr, FLAT_WEIGHT: tl.constexpr, DENSE_RESIDUAL: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """One [BLOCK_M, BLOCK_N] tile of Y, for one group and one share of its columns.
+
+    Grid (tiles, groups, SPLIT_K). C and K are those of one group. With SPLIT_K > 1, y is the fp32 workspace
+    [SPLIT_K, M, y_pitch] of partial sums.
+
+    VECTOR_*: elements of an aligned vector access. EVEN_C: C is a multiple of BLOCK_K. FLAT_X: windows are
+    single pixels in one run, x_w apart. FLAT_WEIGHT: each filter is one run of R·S·C. WIDE: offsets need 64
+    bits. HALVES: see ``finish_tile``.
+    """
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    TAPS: tl.constexpr = R * S
+    PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0  # without padding, every tap is inside
+    BITS: tl.constexpr = TAPS <= 32  # which taps are inside the image fits the bits of one int per row
+
+    C = aligned(C, VECTOR_X, tl.int32)
+    K = aligned(K, VECTOR_Y, tl.int32)
+    y_pitch = aligned(y_pitch, VECTOR_Y, INDEX)
+    x_n = aligned(x_n, VECTOR_X, INDEX)
+    x_h = aligned(x_h, VECTOR_X, INDEX)
+    x_w = aligned(x_w, VECTOR_X, INDEX)
+    weight_k = aligned(weight_k, VECTOR_WEIGHT, INDEX)
+    weight_r = aligned(weight_r, VECTOR_WEIGHT, INDEX)
+    weight_s = aligned(weight_s, VECTOR_WEIGHT, INDEX)
+
+    tile_m, tile_n = tile_of_program(M, K, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m = tile_m.to(INDEX)
+    group = tl.program_id(1).to(INDEX)
+
+    # Rows and columns past the end repeat the last one: they load without a mask and are never stored.
+    m = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    k = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), K - 1)
+    filters = (group * K + k) * weight_k
+    valid = tl.full((BLOCK_M,), True, tl.int1)
+    if FLAT_X:
+        windows = m * x_w + group * C * x_c
+    else:
+        n, h, w = window_origin(m, P, Q, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
+        windows = n * x_n + h * x_h + w * x_w + group * C * x_c
+        if PADDED and BITS:
+            taps_inside = tl.zeros((BLOCK_M,), tl.int32)
+            for i in tl.static_range(R):
+                for j in tl.static_range(S):
+                    inside = within(h + i * DILATION_H, H) & within(w + j * DILATION_W, W)
+                    taps_inside |= inside.to(tl.int32) << (i * S + j)
+
+    # The walk over the columns: tap (r, s), channels from c on, one block at a time. Its state is all scalar.
+    blocks_per_tap = tl.cdiv(C, BLOCK_K)
+    first = 0
+    last = TAPS * blocks_per_tap
+    if SPLIT_K > 1:
+        share = tl.cdiv(last, SPLIT_K)
+        first = tl.program_id(2) * share
+        last = tl.minimum(first + share, last)
+    tap = first // blocks_per_tap
+    c = first % blocks_per_tap * BLOCK_K
+    r = tap // S
+    s = tap % S
+    bit = 1 << tap
+    x_tap = r * DILATION_H * x_h + s * DILATION_W * x_w
+    weight_tap = r * weight_r + s * weight_s
+    if FLAT_WEIGHT:
+        weight_tap = (tap * blocks_per_tap).to(INDEX) * BLOCK_K + c
+
+    lanes = tl.arange(0, BLOCK_K).to(INDEX)
+    present = tl.full((BLOCK_K,), True, tl.int1)
+    channels = lanes
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(first, last):
+        # Taps outside the image and lanes past C read zeros. Their addresses are drawn back into the tensor,
+        # since an asynchronous copy may touch even what its mask excludes.
+        x_here = x_tap
+        weight_here = weight_tap
+        if EVEN_C:
+            x_here += c.to(INDEX) * x_c
+            if not FLAT_WEIGHT:
+                weight_here += c.to(INDEX) * weight_c
+        else:
+            present = c + lanes < C
+            channels = tl.where(present, c + lanes, lanes % VECTOR_X)
+        if PADDED:
+            if BITS:
+                valid = (taps_inside & bit) != 0
+            else:
+                valid = within(h + r * DILATION_H, H) & within(w + s * DILATION_W, W)
+        x_here = tl.multiple_of(x_here, VECTOR_X)
+        weight_here = tl.multiple_of(weight_here, VECTOR_WEIGHT)
+        rows = tl.multiple_of(tl.where(valid, windows, -x_here), VECTOR_X)
+        a_pointers = (x + x_here) + (rows[:, None] + (channels * x_c)[None, :])
+        b_pointers = (weight + weight_here) + (filters[None, :] + (channels * weight_c)[:, None])
+        a = tl.load(a_pointers, mask=valid[:, None] & present[None, :], other=0.0)
+        b = tl.load(b_pointers, mask=present[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+        c += BLOCK_K
+        if FLAT_WEIGHT:
+            weight_tap += BLOCK_K
+        if TAPS > 1:
+            tap_done = c >= C
+            row_done = tap_done & (s == S - 1)
+            c = tl.where(tap_done, 0, c)
+            bit = tl.where(tap_done, bit << 1, bit)
+            r += row_done.to(tl.int32)
+            s = tl.where(row_done, 0, s + tap_done.to(tl.int32))
+            x_next_row = DILATION_H * x_h - (S - 1) * DILATION_W * x_w
+            x_tap += tl.where(row_done, x_next_row, tl.where(tap_done, DILATION_W * x_w, 0))
+            if not FLAT_WEIGHT:
+                weight_next_row = weight_r - (S - 1) * weight_s
+                weight_tap += tl.where(row_done, weight_next_row, tl.where(tap_done, weight_s, 0))
+
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
+    added = (residual, residual_n, residual_k, residual_p, residual_q, P, Q)
+    if SPLIT_K > 1:
+        # Partial sums go to the workspace as they are; conv_reduce_kernel finishes them.
+        y += tl.program_id(2).to(INDEX) * M * y_pitch
+        finish_tile(
+            acc, m, m < M, tile_n * BLOCK_N, K, group, y, y_pitch, (None, None, None, None, None), eps,
+            (None, 0, 0, 0, 0, P, Q), negative_slope, VECTOR_Y, False, "none", INDEX, False,
+        )  # fmt: skip
+    else:
+        finish_tile(
+            acc, m, m < M, tile_n * BLOCK_N, K, group, y, y_pitch, vectors, eps, added, negative_slope,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def conv_reduce_kernel(
+    partial, y, bias, running_mean, running_var, bn_weight, bn_bias, residual, M, K, P, Q,
+    residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
+    SPLIT_K: tl.constexpr, VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y [M, K] = epilogue(Σ partial [SPLIT_K, M, K]): grid (row tiles, column tiles)."""
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    K = aligned(K, VECTOR_Y, tl.int32)
+    m = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    offsets = (m * K)[:, None] + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for share in tl.static_range(SPLIT_K):
+        acc += tl.load(partial + offsets + share * (M.to(INDEX) * K), mask=inside, other=0.0)
+    vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
+    added = (residual, residual_n, residual_k, residual_p, residual_q, P, Q)
+    finish_tile(
+        acc, m, m < M, tl.program_id(1) * BLOCK_N, K, 0, y, K, vectors, eps, added, negative_slope,
+        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, False,
+    )  # fmt: skip
+
+
+def conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    bn_weight: torch.Tensor | None = None,
+    bn_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """act(bn(conv2d(x, weight, bias)) + residual) -> y [N, K, P, Q], dense channels-last, of x's dtype.
+
+    x [N, C, H, W], weight [K, C/groups, R, S] and residual [N, K, P, Q] share a dtype (fp32, fp16, bf16) and
+    have any strides; channels-last x and weight load fastest. bias and BN's running statistics and affine
+    vectors are [K], each optional (no running statistics: no BN), fp32 or x.dtype. All after the products is
+    fp32, rounded once. activation: one of ``activation.ACTIVATIONS``; negative_slope is for "leaky_relu".
+    config: one of ``configs`` of the file whose kernel serves the shape, or None to have it chosen.
+
+    Raises ``ValueError`` or ``TypeError`` for arguments that are no convolution, ``UnsupportedConfig`` for a
+    config that does not fit the kernel.
+    """
+    vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
+    call = conv_call(
+        x, weight, vectors, residual, stride, padding, dilation, groups,
+        eps, activation, negative_slope, config,
+    )  # fmt: skip
+    kernel = kernel_of(call.shape)
+    if kernel == "depthwise":
+        from fastnets.kernels.depthwise import depthwise_conv_bn_act
+
+        return depthwise_conv_bn_act(
+            x, weight, *vectors, residual, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            eps=eps, activation=activation, negative_slope=negative_slope, config=config,
+        )  # fmt: skip
+    if kernel == "joint":
+        from fastnets.kernels.conv_joint import joint_conv
+
+        return joint_conv(call)
+    if kernel == "packed":
+        from fastnets.kernels.conv_grouped import packed_conv
+
+        return packed_conv(call)
+    return taps_conv(call)
+
+
+def taps_conv(call: ConvCall) -> torch.Tensor:
+    """Runs ``conv_kernel``, and ``conv_reduce_kernel`` after it where the config splits the columns."""
+    shape = call.shape
+    y = call.empty_output()
+    if y.numel() == 0:
+        return y
+    config = call.config or choose_config(shape, y.element_size(), call.precision, current_device(y))
+    C, K, M, SPLIT_K = shape.group_channels, shape.group_outputs, shape.M, config.SPLIT_K
+    out = y
+    if SPLIT_K > 1:
+        out = torch.empty((SPLIT_K, M, shape.K), dtype=torch.float32, device=y.device)
+    x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s, *residual_strides = call.strides()
+    flags = call.flags(out)
+    even = C % config.BLOCK_K == 0
+    run = weight_c == 1 and (shape.S == 1 or weight_s == C) and (shape.R == 1 or weight_r == shape.S * C)
+    pitch = None
+    if shape.taps == 1 and shape.padding == (0, 0) and shape.stride == (1, 1):
+        pitch = pixel_pitch(shape, x_n, x_h, x_w)
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N)
+    launch(
+        conv_kernel, (tiles, shape.groups, SPLIT_K),
+        call.x, call.weight, out, *call.vectors, call.residual,
+        M, C, shape.H, shape.W, K, shape.P, shape.Q, shape.K,
+        x_n, x_c, x_h, x_w if pitch is None else pitch, weight_k, weight_c, weight_r, weight_s,
+        *residual_strides, call.eps, call.negative_slope,
+        config=config, writes=(out,), flops=shape.flops,
+        reads=(call.x, call.weight) if SPLIT_K > 1 else (call.x, call.weight, *call.vectors, call.residual),
+        EVEN_C=even, FLAT_X=pitch is not None, FLAT_WEIGHT=even and run, **flags,
+    )  # fmt: skip
+    if SPLIT_K > 1:
+        second = reduce_config(shape)
+        launch(
+            conv_reduce_kernel, (triton.cdiv(M, second.BLOCK_M), triton.cdiv(shape.K, second.BLOCK_N)),
+            out, y, *call.vectors, call.residual, M, shape.K, shape.P, shape.Q,
+            *residual_strides, call.eps, call.negative_slope,
+            config=second, reads=(out, *call.vectors, call.residual), writes=(y,), SPLIT_K=SPLIT_K,
+            **{name: flags[name] for name in ("VECTOR_Y", "DENSE_RESIDUAL", "WIDE", "ACTIVATION")},
+        )  # fmt: skip
+    return y
+
+
+def pixel_pitch(shape: ConvShape, x_n: int, x_h: int, x_w: int) -> int | None:
+    """The one distance between successive pixels of x, or None where there is no such."""
+    pitch = x_w if shape.W > 1 else x_h if shape.H > 1 else x_n
+    rows = shape.H == 1 or x_h == shape.W * pitch
+    images = shape.N == 1 or x_n == shape.H * shape.W * pitch
+    return pitch if rows and images else None
+
+
+def configs(device: Device) -> list[Config]:
+    """Every config of ``conv_kernel`` that ``choose_config`` may pick on this device."""
+    return kernel_configs("taps", device)
+
+
+def representative_calls() -> list[RepresentativeCall]:
+    """Meta tensors that reach every branch of this file's kernels: see ``kernels``."""
+    half, full = torch.bfloat16, torch.float32
+    same = {"padding": 1, "residual": True}
+    call = functools.partial(representative, run=taps_conv)
+    return [
+        call("3x3", x=(8, 64, 28, 28), filters=(64, 3, 3), **same),
+        call("3x3, bf16, gelu", x=(8, 64, 28, 28), filters=(64, 3, 3), dtype=half, activation="gelu", **same),
+        call("3x3, stride 2, odd C and K", x=(8, 72, 28, 28), filters=(40, 3, 3), padding=1, stride=2),
+        call(
+            "3x3, contiguous",
+            x=(8, 64, 28, 28),
+            filters=(64, 3, 3),
+            memory_format=torch.contiguous_format,
+            **same,
+        ),
+        call("3x3, past 2^31 elements", x=(4096, 64, 112, 112), filters=(64, 3, 3), **same),
+        call("3x3, fp32", x=(8, 64, 28, 28), filters=(64, 3, 3), dtype=full, **same),
+        call("3x3, TF32", x=(8, 64, 28, 28), filters=(64, 3, 3), dtype=full, precision="tf32", **same),
+        call("1x1", x=(8, 64, 28, 28), filters=(256, 1, 1), residual=True),
+        call("1x1, stride 2", x=(8, 64, 28, 28), filters=(128, 1, 1), stride=2),
+        call("7x7 over many channels", x=(8, 64, 28, 28), filters=(64, 7, 7), padding=3),
+        call("5x5 in 2 groups", x=(8, 128, 27, 27), filters=(256, 5, 5), padding=2, groups=2),
+    ]

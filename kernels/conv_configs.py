@@ -1,0 +1,205 @@
+"""Which kernel and which tile a convolution runs with when nothing was measured.
+
+A config is one output tile BLOCK_M × BLOCK_N, computed BLOCK_K columns at a time. ``choose_config`` predicts
+each one's time for a shape from counts alone (tiles per multiprocessor, multiply-adds and bytes per tile) and
+takes the least. The prediction ranks tiles; it is not a time to quote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+
+from fastnets.kernels.conv_shape import ConvCall, ConvShape, conv_call
+from fastnets.kernels.device import Device, current_device
+from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig
+
+__all__ = ["choose_config", "kernel_configs", "kernel_of", "representative", "table_configs"]
+
+# Filters of several taps over fewer channels than this take (r, s, c) jointly: blocks of 32 channels would be
+# mostly padding. Groups with fewer channels or outputs than a tile has lanes are packed side by side.
+JOINT_CHANNELS = 32
+GROUP_LANES = 16
+
+# By kernel and by how the device multiplies: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, values of SPLIT_K).
+# "fma" is for devices and precisions without a tensor-core path (sm_75 in Triton 3.6 and later, exact fp32).
+_TABLES = {
+    ("taps", "16-bit"): (
+        (128, 128, 64, 4, 3, (1,)),
+        (128, 128, 64, 8, 3, (1,)),
+        (128, 128, 32, 4, 4, (1,)),
+        (128, 64, 64, 4, 3, (1, 2, 4)),
+        (128, 64, 32, 4, 4, (1,)),
+        (128, 64, 16, 4, 4, (1,)),
+        (64, 64, 64, 4, 4, (1, 2, 4, 8)),
+        (64, 64, 32, 4, 4, (1,)),
+        (128, 32, 32, 4, 4, (1,)),
+        (64, 32, 64, 4, 4, (1, 4, 8)),
+        (128, 16, 32, 4, 4, (1,)),
+    ),
+    ("taps", "tf32"): (
+        (128, 128, 32, 8, 3, (1,)),
+        (128, 64, 32, 4, 3, (1, 4)),
+        (64, 64, 32, 4, 4, (1, 2, 4, 8)),
+        (64, 64, 16, 4, 4, (1,)),
+        (128, 32, 16, 4, 4, (1,)),
+    ),
+    ("taps", "fma"): (
+        (64, 64, 16, 8, 3, (1, 4)),
+        (32, 64, 16, 4, 3, (1, 4)),
+        (32, 32, 16, 4, 3, (1, 4, 8)),
+    ),
+    ("joint", "16-bit"): ((128, 64, 32, 4, 3, (1,)), (64, 64, 32, 4, 3, (1,)), (64, 32, 32, 4, 3, (1,))),
+    ("joint", "tf32"): ((128, 32, 32, 4, 3, (1,)), (64, 32, 32, 4, 3, (1,))),
+    ("joint", "fma"): ((64, 32, 16, 4, 2, (1,)), (32, 32, 16, 4, 2, (1,))),
+}
+
+
+def kernel_of(shape: ConvShape) -> str:
+    """The kernel that serves a shape: "taps", "joint", "packed" or "depthwise"."""
+    if shape.groups > 1:
+        if shape.groups == shape.C:
+            return "depthwise"
+        return "packed" if min(shape.group_channels, shape.group_outputs) < GROUP_LANES else "taps"
+    return "joint" if shape.taps > 1 and shape.C < JOINT_CHANNELS else "taps"
+
+
+def products_of(element_size: int, precision: str, device: Device) -> str:
+    """How the device multiplies: "16-bit" and "tf32" on tensor cores, else "fma"."""
+    if device.capability < 80 or (element_size == 4 and precision == "ieee"):
+        return "fma"
+    return "16-bit" if element_size == 2 else "tf32"
+
+
+@functools.cache
+def table_configs(kernel: str, products: str, device: Device) -> tuple[Config, ...]:
+    """The configs of one table that fit the device."""
+    result = []
+    for BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, splits in _TABLES[kernel, products]:
+        element_size = 2 if products == "16-bit" else 4
+        if num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * element_size > device.shared_memory_per_block:
+            continue
+        accumulators = BLOCK_M * BLOCK_N // (32 * num_warps)
+        if device.capability in (100, 103) and accumulators >= 128:
+            continue  # the accumulator comes back from tensor memory all at once, and spills
+        for SPLIT_K in splits:
+            config = Config(
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                GROUP_M=8,
+                SPLIT_K=SPLIT_K,
+                HALVES=accumulators >= 64,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+            result.append(config)
+    return tuple(result)
+
+
+def kernel_configs(kernel: str, device: Device) -> list[Config]:
+    """Every config that ``choose_config`` may pick for a kernel on this device."""
+    kinds = ("fma",) if device.capability < 80 else ("16-bit", "tf32", "fma")
+    return list(dict.fromkeys(config for kind in kinds for config in table_configs(kernel, kind, device)))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_config(shape: ConvShape, element_size: int, precision: str, device: Device) -> Config:
+    """The config with the least predicted time.
+
+    element_size: bytes per element of x. precision: "ieee" or "tf32", of fp32 products.
+    """
+    candidates = table_configs(kernel_of(shape), products_of(element_size, precision, device), device)
+    # Filters of several taps keep to 4 warps as long as nothing was measured: convolution loops in wider
+    # blocks have been miscompiled (pytorch#173068), and no lane without a GPU runs the machine code itself.
+    careful = [c for c in candidates if shape.taps == 1 or c.num_warps <= 4]
+    return min(
+        careful or candidates, key=lambda c: predicted_seconds(shape, c, element_size, precision, device)
+    )
+
+
+def predicted_seconds(
+    shape: ConvShape, config: Config, element_size: int, precision: str, device: Device
+) -> float:
+    """A roofline of the busiest multiprocessor, and what tails and latencies add to it."""
+    BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K = (config[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
+    if kernel_of(shape) == "joint":
+        blocks = math.ceil(shape.taps * shape.C / BLOCK_K)
+    else:
+        blocks = shape.taps * math.ceil(shape.group_channels / BLOCK_K)
+    if SPLIT_K > max(1, blocks // 4):
+        return math.inf  # a share of fewer than 4 blocks never fills the pipeline
+    blocks = math.ceil(blocks / SPLIT_K)
+    tiles = math.ceil(shape.M / BLOCK_M) * math.ceil(shape.group_outputs / BLOCK_N) * shape.groups * SPLIT_K
+
+    shared = config.num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * element_size
+    registers = min(255, 64 + BLOCK_M * BLOCK_N // (32 * config.num_warps))
+    resident = max(1, device.blocks_resident(config.num_warps, shared, registers))
+    tiles_each = math.ceil(tiles / device.multiprocessors)
+    rounds = math.ceil(tiles_each / resident)
+
+    products = products_of(element_size, precision, device)
+    tflops = {"16-bit": device.tensor_tflops, "tf32": device.tensor_tflops / 2, "fma": device.fp32_tflops}[
+        products
+    ]
+    multiply = 2 * BLOCK_M * BLOCK_N * BLOCK_K / (tflops * 1e12 / device.multiprocessors)
+    # Operands come from L2, which delivers about 2.5 times what DRAM does.
+    bandwidth = 2.5e9 * device.dram_bandwidth / device.multiprocessors
+    load = (BLOCK_M + BLOCK_N) * BLOCK_K * element_size / bandwidth
+    store = 2 * BLOCK_M * BLOCK_N * element_size / bandwidth
+    # A tile alone on its multiprocessor waits for its own loads; neighbours hide each other's.
+    waiting = 1 + 1 / min(tiles_each, resident)
+    seconds = tiles_each * (blocks * max(multiply, load) * waiting + store) + rounds * 1.5e-6
+    if SPLIT_K > 1:
+        seconds += 4e-6 + 2 * 4 * SPLIT_K * shape.M * shape.K / (1e9 * device.dram_bandwidth)
+    return seconds
+
+
+def reduce_config(shape: ConvShape) -> Config:
+    """The tile of split-K's second pass, which only moves memory."""
+    return Config(BLOCK_M=32, BLOCK_N=32 if shape.K <= 32 else 64, num_warps=4, num_stages=2)
+
+
+def representative(
+    name: str,
+    run: Callable[[ConvCall], torch.Tensor],
+    x: tuple[int, int, int, int],
+    filters: tuple[int, int, int],
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    residual: bool = False,
+    activation: str = "relu",
+    dtype: torch.dtype = torch.float16,
+    precision: str = "ieee",
+    memory_format: torch.memory_format = torch.channels_last,
+) -> RepresentativeCall:
+    """A call with BN on meta tensors, x [N, C, H, W] under filters (K, R, S), for ``representative_calls``.
+
+    Its thunk refuses configs of another dtype's table, which no heuristic would pair with it.
+    """
+
+    def thunk(config: Config | None = None) -> torch.Tensor:
+        def tensor(*size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
+
+        K, R, S = filters
+        image, weight = tensor(*x), tensor(K, x[1] // groups, R, S)
+        vectors = (None, *(torch.empty(K, device="meta") for _ in range(4)))
+        P, Q = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x[2], R), (x[3], S)))
+        added = tensor(x[0], K, P, Q) if residual else None
+        pair = ((stride, stride), (padding, padding), (1, 1))
+        call = conv_call(image, weight, vectors, added, *pair, groups, 1e-5, activation, 0.01, config)
+        call = dataclasses.replace(call, precision=precision)
+        device = current_device(image)
+        products = products_of(image.element_size(), precision, device)
+        if config is not None and config not in table_configs(kernel_of(call.shape), products, device):
+            raise UnsupportedConfig(f"{name}: {config} is not for {products} products")
+        return run(call)
+
+    return RepresentativeCall(name, thunk)

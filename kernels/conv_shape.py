@@ -1,0 +1,215 @@
+"""One call of a 2-D convolution, checked: its geometry, its operands and how they lie in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastnets.kernels.activation import check_activation
+from fastnets.kernels.launch import Config
+
+__all__ = ["ConvCall", "ConvShape", "conv_call", "vector_width"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_VECTORS = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
+
+# The largest extent addressed in 32 bits, with room for the offsets of lanes that are masked.
+INT32_ELEMENTS = 2**31 - 2**20
+
+# Kernel arguments that Triton need not specialise on: what matters of them is in VECTOR_* and other flags,
+# and one compiled kernel serves all layers that agree on those.
+SIZES = (
+    *("M", "H", "W", "K", "P", "Q", "y_pitch", "x_n", "x_h", "x_w"),
+    *("weight_k", "weight_r", "weight_s", "residual_n", "residual_p", "residual_q"),
+)
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """x [N, C, H, W] and weight [K, C/groups, R, S] give y [N, K, P, Q]."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def M(self) -> int:
+        """Output pixels: the rows of the implicit matrix product."""
+        return self.N * self.P * self.Q
+
+    @property
+    def group_channels(self) -> int:
+        return self.C // self.groups
+
+    @property
+    def group_outputs(self) -> int:
+        return self.K // self.groups
+
+    @property
+    def taps(self) -> int:
+        return self.R * self.S
+
+    @property
+    def flops(self) -> int:
+        """A multiply-add counts as two."""
+        return 2 * self.M * self.K * self.group_channels * self.taps
+
+
+@dataclass
+class ConvCall:
+    """The operands of a checked call. vectors: (bias, running_mean, running_var, bn_weight, bn_bias)."""
+
+    shape: ConvShape
+    x: torch.Tensor
+    weight: torch.Tensor
+    vectors: tuple[torch.Tensor | None, ...]
+    residual: torch.Tensor | None
+    eps: float
+    activation: str
+    negative_slope: float
+    config: Config | None
+    precision: str
+    """Of fp32 products: "ieee", or "tf32" where torch's switch for convolutions allows it."""
+
+    def empty_output(self) -> torch.Tensor:
+        """y [N, K, P, Q], dense channels-last, of x's dtype and device."""
+        shape = self.shape
+        size = (shape.N, shape.K, shape.P, shape.Q)
+        return torch.empty(size, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
+
+    def strides(self) -> tuple[int, ...]:
+        """Of x, weight and residual in their order of dimensions: twelve numbers."""
+        residual = (0, 0, 0, 0) if self.residual is None else strides(self.residual)
+        return (*strides(self.x), *strides(self.weight), *residual)
+
+    def flags(self, *outputs: torch.Tensor) -> dict[str, object]:
+        """The compile-time arguments that all convolution kernels share."""
+        shape, size, K = self.shape, self.x.element_size(), self.shape.group_outputs
+        x_n, x_c, x_h, x_w = strides(self.x)
+        weight_k, weight_c, weight_r, weight_s = strides(self.weight)
+        # Offsets step by these multiples, so that a run of channels can load as one vector.
+        x_steps = (shape.group_channels, x_n, x_h, x_w)
+        weight_steps = (shape.group_channels, weight_k, weight_r, weight_s)
+        operands = (self.x, self.weight, self.residual, *outputs)
+        dense = self.residual is not None and strides(self.residual) == _channels_last_strides(shape)
+        return {
+            "R": shape.R,
+            "S": shape.S,
+            "STRIDE_H": shape.stride[0],
+            "STRIDE_W": shape.stride[1],
+            "PAD_H": shape.padding[0],
+            "PAD_W": shape.padding[1],
+            "DILATION_H": shape.dilation[0],
+            "DILATION_W": shape.dilation[1],
+            "VECTOR_X": vector_width(size, *x_steps) if x_c == 1 else 1,
+            "VECTOR_WEIGHT": vector_width(size, *weight_steps) if weight_c == 1 else 1,
+            "VECTOR_Y": vector_width(size, K),
+            "DENSE_RESIDUAL": dense,
+            "WIDE": any(span(t) > INT32_ELEMENTS for t in operands if t is not None),
+            "PRECISION": self.precision,
+            "ACTIVATION": self.activation,
+        }
+
+
+def conv_call(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    vectors: tuple[torch.Tensor | None, ...],
+    residual: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    config: Config | None,
+) -> ConvCall:
+    """Checks the arguments that every convolution launcher takes.
+
+    Raises ``TypeError`` for a dtype and ``ValueError`` for anything else that is no convolution.
+    """
+    check_activation(activation)
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            f"x and weight need 4 dimensions, they have {list(x.shape)} and {list(weight.shape)}"
+        )
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x is {x.dtype}; supported: float32, float16, bfloat16")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight is {weight.dtype} but x is {x.dtype}; cast one of them")
+    N, C, H, W = x.shape
+    K, group_channels, R, S = weight.shape
+    if groups < 1 or C % groups or K % groups:
+        raise ValueError(f"groups={groups} must divide C={C} and K={K}")
+    if group_channels * groups != C:
+        raise ValueError(
+            f"weight {list(weight.shape)} with groups={groups} takes {group_channels * groups} channels, "
+            f"x has {C}"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"weight {list(weight.shape)} is empty")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"stride={stride} and dilation={dilation} must be positive, padding={padding} not negative"
+        )
+    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    if P < 1 or Q < 1:
+        raise ValueError(
+            f"a {R}x{S} filter with dilation={dilation} does not fit {H}x{W} padded by {padding}"
+        )
+    for name, vector in zip(_VECTORS, vectors):
+        if vector is not None and vector.shape != (K,):
+            raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{K}]")
+    _, mean, var, bn_weight, bn_bias = vectors
+    if (mean is None) != (var is None) or (mean is None and (bn_weight is not None or bn_bias is not None)):
+        raise ValueError(
+            "batch norm needs running_mean and running_var together; bn_weight and bn_bias need both"
+        )
+    if residual is not None:
+        if residual.shape != (N, K, P, Q):
+            raise ValueError(f"residual has shape {list(residual.shape)}, expected {[N, K, P, Q]}; expand it")
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual is {residual.dtype} but x is {x.dtype}; cast one of them")
+    vectors = tuple(v if v is None or v.is_contiguous() else v.contiguous() for v in vectors)
+    shape = ConvShape(N, C, H, W, K, R, S, P, Q, tuple(stride), tuple(padding), tuple(dilation), groups)
+    # Meta tensors stand for those of the assumed device.
+    on_cuda = x.is_cuda or x.is_meta
+    tf32 = x.dtype == torch.float32 and on_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    precision = "tf32" if tf32 else "ieee"
+    return ConvCall(shape, x, weight, vectors, residual, eps, activation, negative_slope, config, precision)
+
+
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides in elements, 0 along dimensions of one element, where torch may report anything."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last, through all strides."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def vector_width(element_size: int, *steps: int) -> int:
+    """Elements that one access of at most 16 bytes may take where all offsets are multiples of ``steps``."""
+    width = 16 // element_size
+    while any(step % width for step in steps):
+        width //= 2
+    return width
+
+
+def _channels_last_strides(shape: ConvShape) -> tuple[int, ...]:
+    dense = (shape.K * shape.P * shape.Q, 1, shape.K * shape.Q, shape.K)
+    return tuple(s if size > 1 else 0 for size, s in zip((shape.N, shape.K, shape.P, shape.Q), dense))

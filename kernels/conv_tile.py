@@ -1,0 +1,126 @@
+"""How every convolution kernel begins and ends: a program's tile, where its windows lie, the epilogue.
+
+The epilogue, on the fp32 accumulator and before the one rounding, with every term but the first optional:
+
+    y[m, k] = act((acc[m, k] + bias[k] - mean[k]) · gamma[k] / √(var[k] + eps) + beta[k] + residual[m, k])
+
+This is eager's act(bn(conv(x) + bias) + residual). BN's own four vectors are read, so nothing folded can go
+stale. The mean is subtracted before scaling: folded into beta it would cancel where it is large.
+"""
+
+import triton
+import triton.language as tl
+
+from fastnets.kernels.activation import activate
+
+__all__ = ["aligned", "finish_tile", "tile_of_program", "window_origin", "within"]
+
+
+@triton.jit
+def tile_of_program(M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of this program's tile among those of an [M, K] matrix.
+
+    Programs that run together cover a band GROUP_M tiles high rather than one long row of tiles, so that
+    they share both windows and weights in L2.
+    """
+    columns = tl.cdiv(K, BLOCK_N)
+    band = tl.program_id(0) // (GROUP_M * columns)
+    place = tl.program_id(0) % (GROUP_M * columns)
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - band * GROUP_M, GROUP_M)
+    return band * GROUP_M + place % height, place // height
+
+
+@triton.jit
+def aligned(value, VECTOR: tl.constexpr, INDEX: tl.constexpr):
+    """value, which the launcher knows to be a multiple of VECTOR, so written that the compiler knows too."""
+    return value.to(INDEX) // VECTOR * VECTOR
+
+
+@triton.jit
+def window_origin(
+    m, P, Q,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+):  # fmt: skip
+    """Output pixel m -> its image n, and the input pixel (h, w) under its window's first tap.
+
+    h and w are negative where the window begins in the padding.
+    """
+    row = m // Q
+    return row // P, row % P * STRIDE_H - PAD_H, m % Q * STRIDE_W - PAD_W
+
+
+@triton.jit
+def within(position, extent):
+    """0 <= position < extent in one comparison: a negative position is huge when read as unsigned."""
+    return position.to(tl.uint32) < extent.to(tl.uint32)
+
+
+@triton.jit
+def finish_tile(
+    acc, m, inside_m, first_k, K, group, y, y_pitch, vectors, eps, residual, negative_slope,
+    VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of acc [BLOCK_M, BLOCK_N], stored to y, a row-major [M, y_pitch].
+
+    Rows are the output pixels m where inside_m; columns the channels k < K of a group, from first_k on.
+    vectors: (bias, running_mean, running_var, bn_weight, bn_bias), pointers or None. residual: (pointer or
+    None, its strides n, k, p, q, P, Q); DENSE_RESIDUAL where it lies as y does. HALVES: finish the left half
+    of the columns before the right, which takes half the registers beside the accumulator.
+    """
+    if HALVES:
+        BLOCK_M: tl.constexpr = acc.shape[0]
+        BLOCK_N: tl.constexpr = acc.shape[1]
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        finish_columns(
+            left, m, inside_m, first_k, K, group, y, y_pitch, vectors, eps, residual, negative_slope,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
+        )  # fmt: skip
+        finish_columns(
+            right, m, inside_m, first_k + BLOCK_N // 2, K, group, y, y_pitch, vectors, eps, residual,
+            negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
+        )  # fmt: skip
+    else:
+        finish_columns(
+            acc, m, inside_m, first_k, K, group, y, y_pitch, vectors, eps, residual, negative_slope,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_columns(
+    acc, m, inside_m, first_k, K, group, y, y_pitch, vectors, eps, residual, negative_slope,
+    VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    bias, running_mean, running_var, bn_weight, bn_bias = vectors
+    k = first_k + tl.arange(0, acc.shape[1])
+    inside_k = k < K
+    inside = inside_m[:, None] & inside_k[None, :]
+    k = (k + tl.multiple_of(group * K, VECTOR_Y)).to(INDEX)
+    offsets = (m * y_pitch)[:, None] + k[None, :]
+
+    if bias is not None or running_mean is not None:
+        shift = tl.zeros(k.shape, tl.float32)
+        if bias is not None:
+            shift += tl.load(bias + k, mask=inside_k, other=0.0).to(tl.float32)
+        if running_mean is not None:
+            shift -= tl.load(running_mean + k, mask=inside_k, other=0.0).to(tl.float32)
+        acc += shift[None, :]
+    if running_var is not None:
+        # Channels past K take variance 1: no NaN even where nothing is stored.
+        scale = tl.rsqrt(tl.load(running_var + k, mask=inside_k, other=1.0).to(tl.float32) + eps)
+        if bn_weight is not None:
+            scale *= tl.load(bn_weight + k, mask=inside_k, other=0.0).to(tl.float32)
+        acc *= scale[None, :]
+        if bn_bias is not None:
+            acc += tl.load(bn_bias + k, mask=inside_k, other=0.0).to(tl.float32)[None, :]
+    added, residual_n, residual_k, residual_p, residual_q, P, Q = residual
+    if added is not None:
+        if DENSE_RESIDUAL:
+            acc += tl.load(added + offsets, mask=inside, other=0.0).to(tl.float32)
+        else:
+            pixels = m // Q // P * residual_n + m // Q % P * residual_p + m % Q * residual_q
+            lies_at = pixels[:, None] + (k * residual_k)[None, :]
+            acc += tl.load(added + lies_at, mask=inside, other=0.0).to(tl.float32)
+    acc = activate(acc, ACTIVATION, negative_slope)
+    tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=inside)
