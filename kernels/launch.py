@@ -186,7 +186,7 @@ def launch(
     elif isinstance(kernel, JITFunction):
         _require_driver_for(anchor, kernel)
     if _observers:
-        # An interpreter or emulator moves tensors by PyTorch ops; a counting dispatch mode is not to see them.
+        # An interpreter or emulator moves tensors by PyTorch ops, which a counting mode is not to see.
         with _disable_current_modes():
             kernel[grid](*args, **config.meta, **constexprs, **config.options)
         return
