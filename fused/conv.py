@@ -3,10 +3,11 @@
     y = act( (conv2d(x, weight) + bias − mean) / sqrt(var + eps) · bn_weight + bn_bias + residual )
 
 x [N, C, H, W], weight [K, C/groups, R, S], the other vectors [K], residual and y [N, K, P, Q]. Every part
-but the convolution may be left out. The result is always dense channels-last, as the next convolution wants it.
+but the convolution may be left out. The result is always dense channels-last, as the next convolution wants
+it.
 
-Top to bottom: the implementations, the choice between them, the op, its gradient, and the call that modules and
-rewritten networks make.
+Top to bottom: the implementations, the choice between them, the op, its gradient, and the call that modules
+and rewritten networks make.
 """
 
 from __future__ import annotations
@@ -109,11 +110,21 @@ def _convolution_then_epilogue(
 
 def _prepare(
     prepare: Callable, x: Tensor, weights: Weights, residual: Tensor | None, options: Options, keep: bool
-) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """``run(x, residual)`` of a vendor's fused call, with all that depends on the weights alone done."""
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """``run(x, residual)`` of a vendor's fused call, with all that depends on the weights alone done.
+
+    None where the vendor's call would be wrong: x's dtype cannot hold the folded weights, or they are not
+    finite, or another layer's are not and this one's ReLU would turn the NaN it may be given into zeros
+    (vendors compute ``max(x, 0)``).
+    """
     folded = onednn.fold(*weights, options.eps, x.dtype)
-    if folded is None:  # this dtype cannot hold the folded weights
-        return lambda x, residual: _reference(x, weights, residual, options)
+    if folded is None:
+        return None
+    if not x.is_meta and not all(bool(t.isfinite().all()) for t in folded if t is not None):
+        packing.mark_non_finite(weights.weight)
+        return None
+    if packing.any_non_finite() and options.activation in ("relu", "relu6"):
+        return None
     return prepare(x, folded, *options[:4], *options[5:], residual is not None, keep)
 
 
@@ -170,28 +181,28 @@ def _body(
         x.shape, x.dtype, x.device, residual is None, *stride, *padding, *dilation, groups, eps, activation,
         negative_slope, dispatch.requested(backend), torch._C._get_mkldnn_enabled(),
     )  # fmt: skip
-    prepared = packing.lookup(weight, key, (weight, bias, mean, var, bn_weight, bn_bias))
-    if prepared is not None:
+    prepared = packing.lookup(weight, key, (bias, mean, var, bn_weight, bn_bias))
+    if prepared is not None and prepared.run is not None:
         return prepared.run(x, residual)
 
     weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
     options = Options(stride, padding, dilation, groups, eps, activation, negative_slope)
     shape = _validate(x, weights, residual, options)
     implementation = choose(x, weight, groups, activation, backend)
-    if implementation == "reference" or x.numel() == 0:
+    if implementation == "reference" or x.numel() == 0 or prepared is not None:
         return _reference(x, weights, residual, options)
     if implementation == "triton":
         return _triton(x, weights, residual, options)
     if implementation == "cudnn+epilogue":
         return _convolution_then_epilogue(x, weights, residual, options)
     keep = packing.may_keep(weights)
-    if not keep and not _folding_pays(shape, weight):
-        return _reference(x, weights, residual, options)
-    prepare = onednn.prepare_convolution if implementation == "onednn" else cudnn.prepare_convolution
-    run = _prepare(prepare, x, weights, residual, options, keep)
+    run = None
+    if keep or _folding_pays(shape, weight):
+        prepare = onednn.prepare_convolution if implementation == "onednn" else cudnn.prepare_convolution
+        run = _prepare(prepare, x, weights, residual, options, keep)
     if keep:
-        packing.keep(weight, packing.Prepared(key, run, weights))
-    return run(x, residual)
+        packing.keep(weight, packing.Prepared(key, run, weight, weights[1:]))
+    return run(x, residual) if run is not None else _reference(x, weights, residual, options)
 
 
 def _folding_pays(shape: tuple, weight: Tensor) -> bool:
@@ -459,9 +470,9 @@ def _watched(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or x.__class__ is not Tensor
+        or x.is_meta
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._get_tracing_state() is not None
-        or x.is_meta
     )
 
 
@@ -483,7 +494,8 @@ def _must_run_stock(conv, bn, act, x, weight, residual, backend) -> bool:
 
 
 def _too_small_to_fold(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """With gradients enabled nothing is kept, and on the CPU a fused call that must fold first can lose to stock."""
+    """With gradients enabled nothing is kept, and on the CPU a fused call that must fold first can lose to
+    stock."""
     if x.device.type != "cpu" or dispatch.requested(backend) != "auto":
         return False
     N, _, H, W = x.shape
@@ -493,7 +505,7 @@ def _too_small_to_fold(x: Tensor, weight: Tensor, backend: str) -> bool:
 def _dtypes_agree(weight: Tensor, x: Tensor, residual: Tensor | None) -> bool:
     """Whether stock would compute in one dtype, which autocast may choose."""
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         if torch.float64 in (dtype, weight.dtype):
             return False
         return residual is None or residual.dtype == torch.get_autocast_dtype(x.device.type)

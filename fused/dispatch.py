@@ -9,8 +9,8 @@ Every fused op has up to three implementations, all with the op's own arguments:
 =============  ==============================================================================================
 
 The choice, strongest first: ``with fastnets.backend(name)``, the op's own ``backend`` argument (what
-``optimize(backend=...)`` set), ``FASTNETS_BACKEND``, and for ``"auto"`` the op's heuristic. A backend that was asked
-for by name and cannot serve the call raises.
+``optimize(backend=...)`` set), ``FASTNETS_BACKEND``, and for ``"auto"`` the op's heuristic. A backend that
+was asked for by name and cannot serve the call raises.
 """
 
 from __future__ import annotations

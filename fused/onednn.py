@@ -135,8 +135,9 @@ def prepare_convolution(
 
         return run
 
-    in_call = activation in ("none", "relu")  # what oneDNN's binary form takes after the addition
-    attribute = "relu" if activation == "relu" else None
+    # What the binary form takes after the addition; grouped, it is a convolution and a float32 add_relu.
+    in_call = activation == "none" or (activation == "relu" and (groups == 1 or x.dtype == torch.float32))
+    attribute = "relu" if in_call and activation == "relu" else None
 
     def run_with_residual(x: Tensor, residual: Tensor | None) -> Tensor:
         x, residual = as_channels_last(x), channels_last(residual)

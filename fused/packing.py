@@ -2,13 +2,12 @@
 
 Vendor calls want weights that BN is folded into, in a layout of their own. Making them costs more than the
 convolution, so they are kept between calls, and they must never outlive the values they were made from.
-Tensor versions catch in-place writes, but fused optimizers and writes through ``.data`` leave the version
-as it was. So a ``Prepared`` entry is valid only while all of this holds:
+Tensor versions catch in-place writes, but fused optimizers and writes through ``.data`` leave the version as
+it was. So what was prepared is valid only while all of this holds:
 
-* the source tensors are the same objects, at the same version;
-* no *generation* has passed: optimizer steps, ``train()``/``eval()``, ``.to()`` and friends, loading a
-state dict
-  and ``fastnets.refresh()`` each begin a new one;
+* the tensors it was made from are the same objects, at the same versions;
+* no *generation* has passed: optimizer steps, ``train()``/``eval()``, ``.to()`` and friends, loading a state
+  dict and ``fastnets.refresh()`` each begin a new one;
 * no forward with gradients enabled has used the weight since (a training step may follow it).
 
 Tensors that somebody else refills behind our back (DTensor and FSDP parameters, views) or that carry no
@@ -19,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,58 +28,71 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _SHAPES_PER_WEIGHT = 4  # packed layouts kept for one weight; the oldest goes first
 _generation = 0
-_transient: contextvars.ContextVar[bool] = contextvars.ContextVar("fastnets_transient", default=False)
 _entries: dict[int, _WeightEntry] = {}
+_non_finite: dict[int, weakref.ref] = {}
+_transient: contextvars.ContextVar[bool] = contextvars.ContextVar("fastnets_transient", default=False)
 
 
 class Prepared:
-    """A call made ready: ``run(x, residual)`` with everything that depends on the weights alone done
-    already."""
+    """A call made ready: ``run(x, residual)`` with all that depends on the weights alone done.
 
-    __slots__ = ("generation", "key", "run", "sources", "versions")
+    ``run`` None says that nothing can be prepared for these weights. The weight itself is not held, so that
+    the entry dies with it; the other tensors it was made from are.
+    """
+
+    __slots__ = ("generation", "key", "others", "run", "versions")
 
     def __init__(
-        self, key: tuple, run: Callable[[Tensor, Tensor | None], Tensor], sources: Sequence[Tensor | None]
+        self,
+        key: tuple,
+        run: Callable[[Tensor, Tensor | None], Tensor] | None,
+        weight: Tensor,
+        others: Sequence[Tensor | None],
     ):
         self.key = key
         self.run = run
-        self.sources = tuple(sources)
-        self.versions = tuple([t._version for t in self.sources if t is not None])
+        self.others = tuple(others)
+        self.versions = _versions(weight, others)
         self.generation = _generation
 
-    def is_current(self, sources: Sequence[Tensor | None]) -> bool:
-        """Whether ``sources``, in the order of construction, still hold what this was made from."""
+    def is_current(self, weight: Tensor, others: Sequence[Tensor | None]) -> bool:
+        """Whether the tensors, in the order of construction, still hold what this was made from."""
         if self.generation != _generation:
             return False
-        for mine, theirs in zip(self.sources, sources):
+        for mine, theirs in zip(self.others, others):
             if mine is not theirs:
                 return False
-        return self.versions == tuple([t._version for t in sources if t is not None])
+        return self.versions == _versions(weight, others)
+
+
+def _versions(weight: Tensor, others: Sequence[Tensor | None]) -> list[int]:
+    return [weight._version, *[t._version for t in others if t is not None]]
+
+
+def _drop(pop: Callable, address: int, dead: weakref.ref) -> None:
+    pop(address, None)  # bound early: at interpreter exit weights can outlive this module's names
 
 
 class _WeightEntry:
     __slots__ = ("by_key", "weight")
 
     def __init__(self, weight: Tensor):
-        address = id(weight)
-        self.weight = weakref.ref(weight, lambda _: _entries.pop(address, None))
+        self.weight = weakref.ref(weight, functools.partial(_drop, _entries.pop, id(weight)))
         self.by_key: dict[tuple, Prepared] = {}
 
 
-def lookup(weight: Tensor, key: tuple, sources: Sequence[Tensor | None]) -> Prepared | None:
-    """What was prepared for this weight and ``key`` (shapes and options), if it is still true.
-
-    ``sources`` are the other tensors it was made from; the weight itself counts as one.
-    """
+def lookup(weight: Tensor, key: tuple, others: Sequence[Tensor | None]) -> Prepared | None:
+    """What was prepared for this weight, the layer's other tensors and ``key`` (shapes, options), if still
+    true."""
     entry = _entries.get(id(weight))
     if entry is None or entry.weight() is not weight:
         return None
     prepared = entry.by_key.get(key)
     if prepared is None:
         return None
-    if prepared.is_current(sources):
+    if prepared.is_current(weight, others):
         return prepared
-    del _entries[id(weight)]  # all keys share the sources that changed
+    del _entries[id(weight)]  # all keys share the tensors that changed
     return None
 
 
@@ -116,6 +129,18 @@ def transient() -> Iterator[None]:
         _transient.reset(token)
 
 
+def mark_non_finite(weight: Tensor) -> None:
+    """Note that this layer holds NaN or infinities, and prepare everything anew in that knowledge."""
+    if id(weight) not in _non_finite:
+        _non_finite[id(weight)] = weakref.ref(weight, functools.partial(_drop, _non_finite.pop, id(weight)))
+        _entries.clear()
+
+
+def any_non_finite() -> bool:
+    """Whether some fused layer alive holds NaN or infinities, which a vendor's ReLU could turn into zeros."""
+    return bool(_non_finite)
+
+
 def forget(weight: Tensor) -> None:
     """Drop what is kept for one weight (called by every forward with gradients enabled)."""
     _entries.pop(id(weight), None)
@@ -126,6 +151,7 @@ def bump() -> None:
     global _generation
     _generation += 1
     _entries.clear()
+    _non_finite.clear()
 
 
 def refresh(model: nn.Module | None = None) -> None:
