@@ -88,7 +88,7 @@ class Ratio:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}× [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass

@@ -89,21 +89,10 @@ def speedup(result: Result, row: Row) -> Ratio | None:
 
 
 def _cells(result: Result, row: Row) -> list[str]:
-    """Variant, error ratio, median ms, spread, images per second, ratio to eager, CPU per wall, seconds
-    until ready.
-    """
+    """One line of a table, in the order of ``HEADINGS``."""
     error = "" if row.error_ratio is None else f"{row.error_ratio:.2f}"
     if row.status != "measured":
-        return [
-            row.variant,
-            error,
-            f"{row.status}: {row.note}" if row.note else row.status,
-            "",
-            "",
-            "",
-            "",
-            "",
-        ]
+        return [row.variant, error, row.status, *[""] * (len(HEADINGS) - 3)]
     samples = result.comparison.samples[row.variant]
     low, high = samples.spread
     ratio = speedup(result, row)
@@ -119,15 +108,16 @@ def _cells(result: Result, row: Row) -> list[str]:
     ]
 
 
+WIDTH = 112  # of a terminal, in characters, that shows every column
 HEADINGS = (
     "variant",
-    "error ratio",
+    "error ratio",  # against float64, of stock's own
     "median ms",
     "p20–p80 ms",
     "images/s",
     "vs eager [95 %]",
-    "CPU/wall",
-    "ready s",
+    "CPU/wall",  # about the number of busy threads
+    "ready s",  # from the stock network to the first answer
 )
 
 
@@ -145,7 +135,7 @@ def remarks(result: Result) -> list[str]:
             f"fastnets: {result.coverage:.1%} of the FLOPs in fused layers; by implementation: {served}"
         )
     for row in result.rows:
-        if row.status == "measured" and row.note:
+        if row.note:
             lines.append(f"{row.variant}: {row.note}")
     if result.comparison is not None and result.comparison.interrupted:
         lines.append("interrupted: the figures are of the rounds that were complete")
@@ -157,19 +147,22 @@ def remarks(result: Result) -> list[str]:
 
 def print_table(result: Result, console: Any) -> None:
     """Print one network's table to a rich console."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title(result), title_justify="left", title_style="bold")
-    for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index == 0 else "right")
+    columns = len(HEADINGS) if console.width >= WIDTH else len(HEADINGS) - 2
+    table = Table(title=title(result), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, heading in enumerate(HEADINGS[:columns]):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in result.rows:
         style = {"measured": "bold" if row.ours else "", "wrong": "red", "failed": "red"}.get(
             row.status, "dim"
         )
-        table.add_row(*_cells(result, row), style=style)
+        table.add_row(*_cells(result, row)[:columns], style=style)
     console.print(table)
     for line in remarks(result):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print()
 
 
 # --- files ----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import real_data
 
 ROOT = Path(__file__).resolve().parent.parent
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def parse_arguments() -> argparse.Namespace:

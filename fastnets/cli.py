@@ -31,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-output = Console()
+output = Console(width=None if sys.stdout.isatty() else 120)  # a file or pipe gets whole lines
 messages = Console(stderr=True)
 
 Precision = enum.Enum(

@@ -64,14 +64,15 @@ def test_bench_prints_a_table_and_writes_every_format(tmp_path):
     names = ["run.json", "run.csv", "run.md", "run.png"]
     outputs = [word for name in names for word in ("-o", str(tmp_path / name))]
     result = run(
-        *("bench", "lenet5", "resnet18", "--img-size", "32", "-b", "2", "--device", "cpu", "--threads", "1"),
+        *("bench", "resnet18", "mobilenet_v2", "--img-size", "32", "-b", "2", "--device", "cpu"),
+        *("--threads", "1"),
         *("--variants", "eager,channels-last,folded,fastnets,fastnets-triton", "--rounds", "3", *outputs),
     )
     for name in names:
         assert (tmp_path / name).stat().st_size > 500
         assert f"{name}" in result.stdout
     content = json.loads((tmp_path / "run.json").read_text())
-    assert [network["network"] for network in content["results"]] == ["lenet5", "resnet18"]
+    assert [network["network"] for network in content["results"]] == ["resnet18", "mobilenet_v2"]
     assert content["environment"]["threads"] == 1
     for network in content["results"]:
         status = {row["variant"]: row["status"] for row in network["variants"]}
