@@ -174,12 +174,12 @@ def conv_kernel(
         # Partial sums go to the workspace as they are; conv_reduce_kernel finishes them.
         y += tl.program_id(2).to(INDEX) * M * y_pitch
         finish_tile(
-            acc, m, m < M, tile_n * BLOCK_N, K, group, y, y_pitch, (None, None, None, None, None), eps,
+            acc, m, m < M, tile_n * BLOCK_N, K, group * K, y, y_pitch, (None, None, None, None, None), eps,
             (None, 0, 0, 0, 0, P, Q), negative_slope, VECTOR_Y, False, "none", INDEX, False,
         )  # fmt: skip
     else:
         finish_tile(
-            acc, m, m < M, tile_n * BLOCK_N, K, group, y, y_pitch, vectors, eps, added, negative_slope,
+            acc, m, m < M, tile_n * BLOCK_N, K, group * K, y, y_pitch, vectors, eps, added, negative_slope,
             VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES,
         )  # fmt: skip
 

@@ -18,12 +18,19 @@ from fastnets.kernels.conv_shape import ConvCall, ConvShape, conv_call
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig
 
-__all__ = ["choose_config", "kernel_configs", "kernel_of", "representative", "table_configs"]
+__all__ = [
+    "choose_config",
+    "groups_per_tile",
+    "kernel_configs",
+    "kernel_of",
+    "representative",
+    "table_configs",
+]
 
 # Filters of several taps over fewer channels than this take (r, s, c) jointly: blocks of 32 channels would be
-# mostly padding. Groups with fewer channels or outputs than a tile has lanes are packed side by side.
+# mostly padding. Groups of no more channels and outputs than PACKED_CHANNELS are packed several to a tile.
 JOINT_CHANNELS = 32
-GROUP_LANES = 16
+PACKED_CHANNELS = 32
 
 # By kernel and by how the device multiplies: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, values of SPLIT_K).
 # "fma" is for devices and precisions without a tensor-core path (sm_75 in Triton 3.6 and later, exact fp32).
@@ -56,6 +63,9 @@ _TABLES = {
     ("joint", "16-bit"): ((128, 64, 32, 4, 3, (1,)), (64, 64, 32, 4, 3, (1,)), (64, 32, 32, 4, 3, (1,))),
     ("joint", "tf32"): ((128, 32, 32, 4, 3, (1,)), (64, 32, 32, 4, 3, (1,))),
     ("joint", "fma"): ((64, 32, 16, 4, 2, (1,)), (32, 32, 16, 4, 2, (1,))),
+    ("packed", "16-bit"): ((128, 64, 64, 4, 3, (1,)), (64, 64, 64, 4, 3, (1,)), (128, 32, 32, 4, 3, (1,))),
+    ("packed", "tf32"): ((64, 64, 64, 4, 2, (1,)), (128, 32, 32, 4, 3, (1,))),
+    ("packed", "fma"): ((32, 32, 32, 4, 2, (1,)), (64, 32, 32, 4, 2, (1,))),
 }
 
 
@@ -64,7 +74,7 @@ def kernel_of(shape: ConvShape) -> str:
     if shape.groups > 1:
         if shape.groups == shape.C:
             return "depthwise"
-        return "packed" if min(shape.group_channels, shape.group_outputs) < GROUP_LANES else "taps"
+        return "packed" if max(shape.group_channels, shape.group_outputs) <= PACKED_CHANNELS else "taps"
     return "joint" if shape.taps > 1 and shape.C < JOINT_CHANNELS else "taps"
 
 
@@ -73,6 +83,12 @@ def products_of(element_size: int, precision: str, device: Device) -> str:
     if device.capability < 80 or (element_size == 4 and precision == "ieee"):
         return "fma"
     return "16-bit" if element_size == 2 else "tf32"
+
+
+def groups_per_tile(shape: ConvShape, config: Config) -> int:
+    """How many whole groups ``conv_packed_kernel`` computes in one tile; 0 where none fits."""
+    fitting = min(config.BLOCK_K // shape.group_channels, config.BLOCK_N // shape.group_outputs)
+    return min(fitting, shape.groups)
 
 
 @functools.cache
@@ -127,14 +143,18 @@ def predicted_seconds(
 ) -> float:
     """A roofline of the busiest multiprocessor, and what tails and latencies add to it."""
     BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K = (config[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    if kernel_of(shape) == "joint":
+    columns = shape.groups * math.ceil(shape.group_outputs / BLOCK_N)
+    blocks = shape.taps * math.ceil(shape.group_channels / BLOCK_K)
+    kernel = kernel_of(shape)
+    if kernel == "joint":
         blocks = math.ceil(shape.taps * shape.C / BLOCK_K)
-    else:
-        blocks = shape.taps * math.ceil(shape.group_channels / BLOCK_K)
+    elif kernel == "packed":
+        columns = math.ceil(shape.groups / groups_per_tile(shape, config))
+        blocks = shape.taps
     if SPLIT_K > max(1, blocks // 4):
         return math.inf  # a share of fewer than 4 blocks never fills the pipeline
     blocks = math.ceil(blocks / SPLIT_K)
-    tiles = math.ceil(shape.M / BLOCK_M) * math.ceil(shape.group_outputs / BLOCK_N) * shape.groups * SPLIT_K
+    tiles = math.ceil(shape.M / BLOCK_M) * columns * SPLIT_K
 
     shared = config.num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * element_size
     registers = min(255, 64 + BLOCK_M * BLOCK_N // (32 * config.num_warps))

@@ -57,13 +57,14 @@ def within(position, extent):
 
 @triton.jit
 def finish_tile(
-    acc, m, inside_m, first_k, K, group, y, y_pitch, vectors, eps, residual, negative_slope,
+    acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
     HALVES: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of acc [BLOCK_M, BLOCK_N], stored to y, a row-major [M, y_pitch].
 
-    Rows are the output pixels m where inside_m; columns the channels k < K of a group, from first_k on.
+    Rows are the output pixels m where inside_m; columns a group's outputs k < K, from first_k on. channel is
+    the group's first output channel.
     vectors: (bias, running_mean, running_var, bn_weight, bn_bias), pointers or None. residual: (pointer or
     None, its strides n, k, p, q, P, Q); DENSE_RESIDUAL where it lies as y does. HALVES: finish the left half
     of the columns before the right, which takes half the registers beside the accumulator.
@@ -73,30 +74,30 @@ def finish_tile(
         BLOCK_N: tl.constexpr = acc.shape[1]
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         finish_columns(
-            left, m, inside_m, first_k, K, group, y, y_pitch, vectors, eps, residual, negative_slope,
+            left, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
             VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
         )  # fmt: skip
         finish_columns(
-            right, m, inside_m, first_k + BLOCK_N // 2, K, group, y, y_pitch, vectors, eps, residual,
+            right, m, inside_m, first_k + BLOCK_N // 2, K, channel, y, y_pitch, vectors, eps, residual,
             negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
         )  # fmt: skip
     else:
         finish_columns(
-            acc, m, inside_m, first_k, K, group, y, y_pitch, vectors, eps, residual, negative_slope,
+            acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
             VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
         )  # fmt: skip
 
 
 @triton.jit
 def finish_columns(
-    acc, m, inside_m, first_k, K, group, y, y_pitch, vectors, eps, residual, negative_slope,
+    acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     bias, running_mean, running_var, bn_weight, bn_bias = vectors
     k = first_k + tl.arange(0, acc.shape[1])
     inside_k = k < K
     inside = inside_m[:, None] & inside_k[None, :]
-    k = (k + tl.multiple_of(group * K, VECTOR_Y)).to(INDEX)
+    k = (k + tl.multiple_of(channel, VECTOR_Y)).to(INDEX)
     offsets = (m * y_pitch)[:, None] + k[None, :]
 
     if bias is not None or running_mean is not None:
