@@ -31,6 +31,7 @@ import triton.language as tl
 
 from fastnets.kernels.conv_configs import (
     choose_config,
+    config_for,
     kernel_configs,
     kernel_of,
     reduce_config,
@@ -38,7 +39,7 @@ from fastnets.kernels.conv_configs import (
 )
 from fastnets.kernels.conv_shape import SIZES, ConvCall, ConvShape, conv_call
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
-from fastnets.kernels.device import Device, current_device
+from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, launch
 
 __all__ = ["choose_config", "configs", "conv_bn_act", "representative_calls"]
@@ -269,13 +270,14 @@ def taps_conv(call: ConvCall) -> torch.Tensor:
     y = call.empty_output()
     if y.numel() == 0:
         return y
-    config = call.config or choose_config(shape, y.element_size(), call.precision, current_device(y))
+    flags = call.flags(y)
+    config = config_for(call, flags)
     C, K, M, SPLIT_K = shape.group_channels, shape.group_outputs, shape.M, config.SPLIT_K
     out = y
     if SPLIT_K > 1:
         out = torch.empty((SPLIT_K, M, shape.K), dtype=torch.float32, device=y.device)
+        flags = call.flags(out)
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s, *residual_strides = call.strides()
-    flags = call.flags(out)
     even = C % config.BLOCK_K == 0
     run = weight_c == 1 and (shape.S == 1 or weight_s == C) and (shape.R == 1 or weight_r == shape.S * C)
     pitch = None

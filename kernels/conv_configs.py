@@ -66,6 +66,14 @@ _TABLES = {
     ("packed", "16-bit"): ((128, 64, 64, 4, 3, (1,)), (64, 64, 64, 4, 3, (1,)), (128, 32, 32, 4, 3, (1,))),
     ("packed", "tf32"): ((64, 64, 64, 4, 2, (1,)), (128, 32, 32, 4, 3, (1,))),
     ("packed", "fma"): ((32, 32, 32, 4, 2, (1,)), (64, 32, 32, 4, 2, (1,))),
+    ("tensor map", "16-bit"): (
+        (128, 128, 64, 8, 3, (1,)),
+        (128, 128, 64, 4, 4, (1,)),
+        (128, 64, 64, 4, 4, (1,)),
+        (64, 128, 64, 4, 4, (1,)),
+        (64, 64, 64, 4, 4, (1,)),
+        (128, 256, 64, 8, 3, (1,)),
+    ),
 }
 
 
@@ -100,8 +108,10 @@ def table_configs(kernel: str, products: str, device: Device) -> tuple[Config, .
         if num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * element_size > device.shared_memory_per_block:
             continue
         accumulators = BLOCK_M * BLOCK_N // (32 * num_warps)
-        if device.capability in (100, 103) and accumulators >= 128:
+        if accumulators >= 128 and device.capability in (100, 103):
             continue  # the accumulator comes back from tensor memory all at once, and spills
+        if accumulators >= 128 and BLOCK_K >= 64 and device.capability != 90:
+            continue  # operands pass through registers too, which only wgmma spares
         for SPLIT_K in splits:
             config = Config(
                 BLOCK_M=BLOCK_M,
@@ -120,16 +130,49 @@ def table_configs(kernel: str, products: str, device: Device) -> tuple[Config, .
 def kernel_configs(kernel: str, device: Device) -> list[Config]:
     """Every config that ``choose_config`` may pick for a kernel on this device."""
     kinds = ("fma",) if device.capability < 80 else ("16-bit", "tf32", "fma")
-    return list(dict.fromkeys(config for kind in kinds for config in table_configs(kernel, kind, device)))
+    tables = [table_configs(kernel, kind, device) for kind in kinds if (kernel, kind) in _TABLES]
+    return list(dict.fromkeys(config for table in tables for config in table))
+
+
+def suits(config: Config, vectors: bool, wide: bool) -> bool:
+    """Whether a config's registers hold the addresses of a call.
+
+    vectors: operands load 16 bytes (or a few elements) at a time, and not one by one, each from an address of
+    its own. wide: addresses take 64 bits.
+    """
+    threads = 32 * config.num_warps
+    if not vectors and (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K > 32 * threads:
+        return False
+    return not wide or config.BLOCK_M * config.BLOCK_N <= 64 * threads
+
+
+def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
+    """The call's own config, or the chosen one. flags: those of ``ConvCall.flags``."""
+    if call.config is not None:
+        return call.config
+    vectors = flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
+    device = current_device(call.x)
+    return choose_config(call.shape, call.x.element_size(), call.precision, device, vectors, flags["WIDE"])
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_config(shape: ConvShape, element_size: int, precision: str, device: Device) -> Config:
-    """The config with the least predicted time.
+def choose_config(
+    shape: ConvShape,
+    element_size: int,
+    precision: str,
+    device: Device,
+    vectors: bool = True,
+    wide: bool = False,
+) -> Config:
+    """The config with the least predicted time among those that suit the call.
 
-    element_size: bytes per element of x. precision: "ieee" or "tf32", of fp32 products.
+    element_size: bytes per element of x. precision: "ieee" or "tf32", of fp32 products. vectors, wide: see
+    ``suits``.
     """
-    candidates = table_configs(kernel_of(shape), products_of(element_size, precision, device), device)
+    kernel = kernel_of(shape)
+    candidates = table_configs(kernel, products_of(element_size, precision, device), device)
+    if kernel == "taps":
+        candidates = [c for c in candidates if suits(c, vectors, wide)]
     # Filters of several taps keep to 4 warps as long as nothing was measured: convolution loops in wider
     # blocks have been miscompiled (pytorch#173068), and no lane without a GPU runs the machine code itself.
     careful = [c for c in candidates if shape.taps == 1 or c.num_warps <= 4]
@@ -198,10 +241,12 @@ def representative(
     dtype: torch.dtype = torch.float16,
     precision: str = "ieee",
     memory_format: torch.memory_format = torch.channels_last,
+    kernel: str | None = None,
 ) -> RepresentativeCall:
     """A call with BN on meta tensors, x [N, C, H, W] under filters (K, R, S), for ``representative_calls``.
 
-    Its thunk refuses configs of another dtype's table, which no heuristic would pair with it.
+    Its thunk refuses configs of another dtype's table, which no heuristic would pair with it. kernel: the one
+    that ``run`` runs, if it is not ``kernel_of`` the shape.
     """
 
     def thunk(config: Config | None = None) -> torch.Tensor:
@@ -218,8 +263,14 @@ def representative(
         call = dataclasses.replace(call, precision=precision)
         device = current_device(image)
         products = products_of(image.element_size(), precision, device)
-        if config is not None and config not in table_configs(kernel_of(call.shape), products, device):
-            raise UnsupportedConfig(f"{name}: {config} is not for {products} products")
+        table = table_configs(kernel or kernel_of(call.shape), products, device)
+        flags = call.flags()
+        vectors = flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
+        listed = config in table and (
+            kernel_of(call.shape) != "taps" or suits(config, vectors, flags["WIDE"])
+        )
+        if config is not None and not listed:
+            raise UnsupportedConfig(f"{name}: {config} is never chosen for such a call")
         return run(call)
 
     return RepresentativeCall(name, thunk)

@@ -1,16 +1,16 @@
-"""Grouped convolution with narrow groups, packed side by side so that a matrix product has something to work on.
+"""Grouped convolution with narrow groups, several of them packed into each matrix product.
 
-A ResNeXt layer convolves 4 channels to 4 outputs, 32 times over. No tile is that narrow, and a launch per
-group would be worse. So PACK neighbouring groups make one product, whose right factor is block-diagonal:
+A ResNeXt layer convolves 4 channels to 4 outputs, 32 times over. No tile is that narrow, and a launch
+per group would be worse. So PACK neighbouring groups make one product with a block-diagonal right factor:
 
-    Y [M, PACK·Kg] = Σ_taps A [M, PACK·Cg] · B [PACK·Cg, PACK·Kg]        Cg, Kg: channels and outputs per group
+    Y [M, PACK·Kg] = Σ_taps A [M, PACK·Cg] · B [PACK·Cg, PACK·Kg]
 
     B = ⎡ weights of group 0            0         ⎤
-        ⎣         0             weights of group 1 ⎦
+        ⎣         0             weights of group 1 ⎦        Cg, Kg: channels, outputs of a group
 
 A is a plain run of channels, as wide as a dense convolution's, and the input is read once. The zeros cost
-PACK times the multiply-adds; tensor cores have those to spare, as these layers wait for memory. One tap is one
-block: the loop has R·S steps.
+PACK times the multiply-adds; tensor cores have those to spare, as these layers wait for memory. One tap is
+one block: the loop has R·S steps.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import triton
 import triton.language as tl
 
 from fastnets.kernels.conv_configs import (
-    choose_config,
+    config_for,
     groups_per_tile,
     kernel_configs,
     representative,
 )
 from fastnets.kernels.conv_shape import SIZES, ConvCall, vector_width
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
-from fastnets.kernels.device import Device, current_device
+from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
 
 __all__ = ["configs", "packed_conv", "representative_calls"]
@@ -51,8 +51,8 @@ def conv_packed_kernel(
 ):  # fmt: skip
     """BLOCK_M output pixels of PACK groups: grid (row tiles · bundles of groups,). C and K count all groups.
 
-    GROUP_CHANNELS·PACK <= BLOCK_K and GROUP_OUTPUTS·PACK <= BLOCK_N; the lanes left over are masked, as are
-    those of groups past the last in the last bundle.
+    GROUP_CHANNELS·PACK <= BLOCK_K and GROUP_OUTPUTS·PACK <= BLOCK_N; the lanes left over are masked, as
+    are those of groups past the last in the last bundle.
     """
     tl.static_assert(SPLIT_K == 1, "a group has too few columns to split")
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -63,11 +63,9 @@ def conv_packed_kernel(
     C = aligned(C, VECTOR_X, tl.int32)
     K = aligned(K, VECTOR_Y, tl.int32)
     y_pitch = aligned(y_pitch, VECTOR_Y, INDEX)
-    x_n, x_h, x_w = (
-        aligned(x_n, VECTOR_X, INDEX),
-        aligned(x_h, VECTOR_X, INDEX),
-        aligned(x_w, VECTOR_X, INDEX),
-    )
+    x_n = aligned(x_n, VECTOR_X, INDEX)
+    x_h = aligned(x_h, VECTOR_X, INDEX)
+    x_w = aligned(x_w, VECTOR_X, INDEX)
     weight_k = aligned(weight_k, VECTOR_WEIGHT, INDEX)
     weight_r = aligned(weight_r, VECTOR_WEIGHT, INDEX)
     weight_s = aligned(weight_s, VECTOR_WEIGHT, INDEX)
@@ -80,7 +78,7 @@ def conv_packed_kernel(
     windows = n * x_n + h * x_h + w * x_w
     valid = tl.full((BLOCK_M,), True, tl.int1)
 
-    # A's columns: channel lanes of this bundle; those past its end read the bundle's first channels, as zeros.
+    # A's columns: the bundle's channels, then lanes that read zeros, from the address of its first ones.
     lane = tl.arange(0, BLOCK_K)
     channels_left = tl.minimum(C - bundle * CHANNELS, CHANNELS)
     present = lane < channels_left
@@ -104,11 +102,8 @@ def conv_packed_kernel(
         if PADDED:
             valid = within(h + r * DILATION_H, H) & within(w + s * DILATION_W, W)
         rows = tl.multiple_of(tl.where(valid, windows, -x_tap), VECTOR_X)
-        a = tl.load(
-            (x + x_tap) + (rows[:, None] + channel[None, :]),
-            mask=valid[:, None] & present[None, :],
-            other=0.0,
-        )
+        a_pointers = (x + x_tap) + (rows[:, None] + channel[None, :])
+        a = tl.load(a_pointers, mask=valid[:, None] & present[None, :], other=0.0)
         b = tl.load((weight + weight_tap) + b_offsets, mask=diagonal, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -127,14 +122,14 @@ def packed_conv(call: ConvCall) -> torch.Tensor:
     y = call.empty_output()
     if y.numel() == 0:
         return y
-    config = call.config or choose_config(shape, y.element_size(), call.precision, current_device(y))
+    flags = call.flags(y)
+    config = config_for(call, flags)
     pack = groups_per_tile(shape, config)
     if pack == 0 or config.SPLIT_K > 1:
         raise UnsupportedConfig(
             f"{config}: no group of {shape.group_channels} channels and {shape.group_outputs} outputs fits, "
             "or its columns are split; use a config of conv_grouped.configs with larger blocks"
         )
-    flags = call.flags(y)
     x_n, x_c, x_h, x_w, *other_strides = call.strides()
     if x_c == 1:
         # A tile's channels run through all its groups.
@@ -165,9 +160,10 @@ def representative_calls() -> list[RepresentativeCall]:
     layer = {"x": (8, 128, 56, 56), "filters": (128, 3, 3), "padding": 1, "groups": 32}
     return [
         call("3x3, 32 groups of 4", **layer),
-        call("3x3, 32 groups of 16, stride 2", x=(8, 512, 28, 28), filters=(512, 3, 3), padding=1, stride=2, groups=32),
-        call("3x3, 4 groups of 6 to 10, contiguous", x=(8, 24, 14, 14), filters=(40, 3, 3), padding=1, groups=4,
-             residual=True, memory_format=torch.contiguous_format),
+        call("3x3, 32 groups of 16, stride 2", x=(8, 512, 28, 28), filters=(512, 3, 3), padding=1,
+             stride=2, groups=32),
+        call("3x3, 4 groups of 6 to 10, contiguous", x=(8, 24, 14, 14), filters=(40, 3, 3), padding=1,
+             groups=4, residual=True, memory_format=torch.contiguous_format),
         call("1x1, 8 groups of 8", x=(8, 64, 28, 28), filters=(64, 1, 1), groups=8, residual=True),
         call("3x3, 32 groups of 4, fp32", **layer, dtype=torch.float32),
         call("3x3, 32 groups of 4, TF32", **layer, dtype=torch.float32, precision="tf32"),

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnets.kernels.conv_configs import choose_config, kernel_configs, representative
+from fastnets.kernels.conv_configs import config_for, kernel_configs, representative
 from fastnets.kernels.conv_shape import SIZES, ConvCall
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
-from fastnets.kernels.device import Device, current_device
+from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
 
 __all__ = ["configs", "joint_conv", "representative_calls"]
@@ -102,7 +102,8 @@ def joint_conv(call: ConvCall) -> torch.Tensor:
     y = call.empty_output()
     if y.numel() == 0:
         return y
-    config = call.config or choose_config(shape, y.element_size(), call.precision, current_device(y))
+    flags = call.flags(y)
+    config = config_for(call, flags)
     if config.SPLIT_K > 1:
         raise UnsupportedConfig(f"SPLIT_K={config.SPLIT_K}: {shape.C} channels make too few columns to split")
     tiles = triton.cdiv(shape.M, config.BLOCK_M) * triton.cdiv(shape.K, config.BLOCK_N)
@@ -111,7 +112,7 @@ def joint_conv(call: ConvCall) -> torch.Tensor:
         shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K,
         *call.strides(), call.eps, call.negative_slope, config=config,
         reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y,), flops=shape.flops,
-        C=shape.C, **call.flags(y),
+        C=shape.C, **flags,
     )  # fmt: skip
     return y
 

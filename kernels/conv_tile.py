@@ -97,7 +97,7 @@ def finish_columns(
     k = first_k + tl.arange(0, acc.shape[1])
     inside_k = k < K
     inside = inside_m[:, None] & inside_k[None, :]
-    k = (k + tl.multiple_of(channel, VECTOR_Y)).to(INDEX)
+    k = (channel + k).to(INDEX)
     offsets = (m * y_pitch)[:, None] + k[None, :]
 
     if bias is not None or running_mean is not None:
