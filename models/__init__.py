@@ -4,9 +4,11 @@ Where torchvision has the network, names and shapes in ``state_dict`` are torchv
 load.
 """
 
+from fastnets.models.alexnet import AlexNet, AlexNet2012, alexnet, alexnet_2012
 from fastnets.models.checkpoint import CheckpointError, load_weights, read_checkpoint
 from fastnets.models.lenet import LeNet5, LeNet5Original, lenet5, lenet5_1998, lenet5_relu
 from fastnets.models.mobilenet import MobileNetV2, mobilenet_v2
+from fastnets.models.nin import NetworkInNetwork, nin, nin_teaching
 from fastnets.models.registry import create_model, input_size, list_models, register_model
 from fastnets.models.resnet import (
     ResNet,
@@ -20,13 +22,20 @@ from fastnets.models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from fastnets.models.vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 
 __all__ = [
+    "VGG",
+    "AlexNet",
+    "AlexNet2012",
     "CheckpointError",
     "LeNet5",
     "LeNet5Original",
     "MobileNetV2",
+    "NetworkInNetwork",
     "ResNet",
+    "alexnet",
+    "alexnet_2012",
     "create_model",
     "input_size",
     "lenet5",
@@ -35,6 +44,8 @@ __all__ = [
     "list_models",
     "load_weights",
     "mobilenet_v2",
+    "nin",
+    "nin_teaching",
     "read_checkpoint",
     "register_model",
     "resnet18",
@@ -44,6 +55,14 @@ __all__ = [
     "resnet152",
     "resnext50_32x4d",
     "resnext101_32x8d",
+    "vgg11",
+    "vgg11_bn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

@@ -4,14 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from fastnets.models import create_model, input_size, list_models
+from fastnets.models import create_model, input_size, list_models, load_weights
 
 # name: exact count of trainable parameters
 PARAMETERS = {
+    "alexnet": 61_100_840,
+    "alexnet_2012": 60_965_224,
     "lenet5": 61_706,
     "lenet5_relu": 61_706,
     "lenet5_1998": 60_000,
     "mobilenet_v2": 3_504_872,
+    "nin": 7_595_176,
+    "nin_teaching": 7_439_608,
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
@@ -20,9 +24,17 @@ PARAMETERS = {
     "resnext50_32x4d": 25_028_904,
     "resnext101_32x8d": 88_791_336,
     "wide_resnet50_2": 68_883_240,
+    "vgg11": 132_863_336,
+    "vgg11_bn": 132_868_840,
+    "vgg13": 133_047_848,
+    "vgg13_bn": 133_053_736,
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_365_992,
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
     "wide_resnet101_2": 126_886_696,
 }
-IN_TORCHVISION = [name for name in PARAMETERS if not name.startswith("lenet")]
+IN_TORCHVISION = [name for name in PARAMETERS if not name.startswith(("lenet", "alexnet_2012", "nin"))]
 
 
 def on_meta(name, **options):
@@ -32,18 +44,27 @@ def on_meta(name, **options):
 
 def torchvision_model(name, **options):
     models = pytest.importorskip("torchvision.models", reason="torchvision is the reference here")
-    return getattr(models, name)(**options)
+    with torch.device("meta"):
+        return getattr(models, name)(**options)
 
 
-def randomise(model, seed=0):
-    """Weights, and batch statistics as a trained network has them: no layer may be the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    for key, value in model.state_dict().items():
+def same_network_twice(name, **options):
+    """torchvision's and ours, with the same weights, and statistics that leave no layer the identity."""
+    stock = torchvision_model(name, **options).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for key, value in stock.state_dict().items():
         if key.endswith("running_var"):
-            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
-        elif value.is_floating_point() and value.dim() == 1:
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.2 + ("weight" in key))
-    return model
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif value.dim() > 1:
+            bound = (6 / value[0].numel()) ** 0.5
+            value.uniform_(-bound, bound, generator=generator)
+        elif value.is_floating_point():
+            value.uniform_(-0.2, 0.2, generator=generator).add_("weight" in key)
+        else:
+            value.zero_()
+    ours = on_meta(name, **options).to_empty(device="cpu")
+    load_weights(ours, stock.state_dict())
+    return stock, ours
 
 
 def test_every_listed_model_is_counted_here():
@@ -57,20 +78,18 @@ def test_parameter_count(name):
 
 @pytest.mark.parametrize("name", IN_TORCHVISION)
 def test_state_dict_is_torchvisions(name):
-    with torch.device("meta"):
-        theirs = torchvision_model(name).state_dict()
+    theirs = torchvision_model(name).state_dict()
     ours = on_meta(name).state_dict()
     assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [
         (k, v.shape, v.dtype) for k, v in theirs.items()
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "mobilenet_v2"])
 @pytest.mark.parametrize("training", [False, True])
 def test_outputs_and_gradients_are_torchvisions(name, training):
-    stock = randomise(torchvision_model(name, num_classes=7)).train(training)
-    ours = create_model(name, num_classes=7, weights=stock.state_dict()).train(training)
-    x = torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(1))
+    stock, ours = (model.train(training) for model in same_network_twice(name, num_classes=7))
+    x = torch.randn(2, 3, 48, 33, generator=torch.Generator().manual_seed(1))
     outputs = []
     for model in (stock, ours):
         torch.manual_seed(2)  # dropout draws
@@ -86,8 +105,7 @@ def test_outputs_and_gradients_are_torchvisions(name, training):
 
 def test_mobilenet_width_is_torchvisions():
     for width in (0.35, 0.5, 0.75, 1.4):
-        stock = torchvision_model("mobilenet_v2", width_mult=width).eval()
-        ours = create_model("mobilenet_v2", width_mult=width, weights=stock.state_dict()).eval()
+        stock, ours = (model.eval() for model in same_network_twice("mobilenet_v2", width_mult=width))
         x = torch.randn(1, 3, 32, 32)
         with torch.no_grad():
             assert torch.equal(stock(x), ours(x)), width
@@ -98,7 +116,7 @@ def test_resnet_options():
     assert not ours.layer1[0].bn3.weight.any()
     assert ours.layer1[0].bn1.weight.all()
     assert ours.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 3)
-    wider = create_model("resnet50", width_per_group=32, num_classes=3)
+    wider = on_meta("resnet50", width_per_group=32)
     assert wider.layer1[0].conv2.weight.shape == (32, 32, 3, 3)
 
 
@@ -110,6 +128,59 @@ def test_any_image_size(name, size):
         out = model(torch.randn(2, 3, *size))
     assert out.shape == (2, 5)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg11_bn", "wide_resnet50_2"])
+def test_outputs_of_large_networks_are_torchvisions(name):
+    stock, ours = same_network_twice(name, num_classes=7)
+    x = torch.randn(2, 3, 75, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for training in (False, True):
+            outputs = []
+            for model in (stock, ours):
+                torch.manual_seed(2)  # dropout draws
+                outputs.append(model.train(training)(x))
+            assert torch.equal(*outputs)
+
+
+class TestAlexNet2012:
+    def test_shapes_and_first_layer(self):
+        model = create_model("alexnet_2012", num_classes=3).eval()
+        with torch.no_grad():
+            first = model.features[0](torch.randn(1, 3, 227, 227))
+            assert first.shape == (1, 96, 55, 55)
+            assert model.features[1:](first).shape == (1, 256, 6, 6)
+
+    def test_response_norm_is_the_papers(self):
+        norm = on_meta("alexnet_2012").features[2]
+        x = torch.arange(1.0, 8).reshape(1, 7, 1, 1)
+        # Channel 3 (value 4) sees the values 2 to 6, channel 0 (value 1) those that exist: 1, 2 and 3.
+        expected = {
+            3: 4 / (2 + 1e-4 * (4 + 9 + 16 + 25 + 36)) ** 0.75,
+            0: 1 / (2 + 1e-4 * (1 + 4 + 9)) ** 0.75,
+        }
+        for channel, value in expected.items():
+            assert norm(x)[0, channel].item() == pytest.approx(value, rel=1e-6)
+
+    def test_initialisation(self):
+        model = create_model("alexnet_2012", num_classes=3)
+        biases = [m.bias.unique().tolist() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        assert biases == [[0], [1], [0], [1], [1], [1], [1], [0]]
+        assert model.features[8].weight.std().item() == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["nin", "nin_teaching"])
+@pytest.mark.parametrize("size", [(39, 39), (75, 64)])
+def test_network_in_network(name, size):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5).eval()
+    assert not any(isinstance(m, nn.Linear) for m in model.modules())
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        out, maps = model(x), model.features(x)
+    assert out.shape == (2, 5)
+    torch.testing.assert_close(out, maps.mean((2, 3)))
+    assert maps.std() > 0.01  # He initialisation carries the signal through twelve layers
 
 
 def test_he_initialisation_keeps_gradients_in_scale():
