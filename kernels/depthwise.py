@@ -1,17 +1,22 @@
 """Depthwise convolution with its full epilogue, as a direct sum in fp32.
 
-    y[n, k, p, q] = act(bn(sum_rs x[n, k / m, p * stride + r * dilation - padding, ...] * w[k, 0, r, s] +
-    bias)
-                        + residual)        with K = m * C
+    y[n, k, p, q] = act(bn(bias + sum over r, s of x[n, k / m, h, w] * weight[k, 0, r, s]) + residual)
 
-The work is bound by memory, so the kernel is built around how often an input element is fetched and
-converted. A program owns BLOCK_M output columns times BLOCK_K channels; a column is BLOCK_P output pixels of
-one q, one below the other. For each filter column s it walks down the input rows, and a row, loaded once,
-feeds every output pixel that any filter row r maps onto it: S * (rows of input) / BLOCK_P loads per output
-instead of R * S. What neighbouring q share is found in L1.
+with h = p * stride + r * dilation - padding, w likewise, and K = m * C.
+
+There is no reduction over channels, so matrix units have nothing to do and the work is bound by memory: the
+kernel is built around how often an input element is fetched and converted. A program owns BLOCK_M columns of
+the output times BLOCK_K channels; a column is BLOCK_P pixels of one q, one below the other. For each filter
+column s it walks down the input rows, and a row, loaded once, feeds every output pixel that any filter row r
+maps onto it: S * (rows of input) / BLOCK_P loads per output instead of R * S. What neighbouring q share is
+found in L1.
 
 Columns are numbered (n, tile of p, q) in one run, so small images waste no lanes. Addresses are masked, not
 clamped: nothing here is loaded asynchronously.
+
+Weights may have any strides. With those of ``torch.nn.Conv2d`` a lane loads its taps one by one; with
+channels innermost (``weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)``) it loads them as
+vectors.
 """
 
 import functools
@@ -27,8 +32,9 @@ from fastnets.kernels.launch import Config, RepresentativeCall, launch
 __all__ = ["configs", "depthwise_conv_bn_act", "representative_calls"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Filters up to 7x7 are unrolled; larger ones run as a loop over taps.
-MAX_UNROLLED_TAPS = 49
+# Filters of up to 7 rows are walked down as described; taller ones run as a loop over taps, or registers run
+# out.
+MAX_UNROLLED_ROWS = 7
 
 
 @triton.constexpr_function
@@ -91,7 +97,7 @@ def depthwise_conv_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     MULTIPLIER: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL_ROWS: tl.constexpr,
     # Elements per access: VEC divides K; X_VEC and R_VEC divide the strides of x and residual.
     VEC: tl.constexpr,
     X_VEC: tl.constexpr,
@@ -129,8 +135,9 @@ def depthwise_conv_kernel(
     sums = ()
     for _ in tl.static_range(BLOCK_P):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_K), tl.float32),)
-    if UNROLL:
-        for s in tl.static_range(S):
+    if UNROLL_ROWS:
+        # A loop at run time: were it unrolled too, all taps would be loaded up front and registers run out.
+        for s in range(S):
             w = w0 + s * DILATION_W
             w_mask = m_mask & (w >= 0) & (w < W)
             taps = ()
@@ -195,8 +202,7 @@ def depthwise_conv_kernel(
         tl.store(y + y_pixel[:, None] + k[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
-# 1024 outputs of one row of the column per block of 4 warps: a 16-byte vector of channels a thread in 16-bit
-# types.
+# 1024 outputs of one row per block of 4 warps: in 16-bit types, one 16-byte vector of channels a thread.
 _BLOCK_K = (64, 32, 16)
 _BLOCK_P = (4, 2, 1)
 
@@ -212,7 +218,7 @@ def configs(device: Device) -> list[Config]:
 
 @functools.lru_cache(maxsize=4096)
 def _pick(N: int, K: int, P: int, Q: int, unroll: bool, multiprocessors: int) -> Config:
-    """Wide channel blocks unless they would be mostly padding; tall columns unless they leave the device idle."""
+    """Wide channel blocks unless much of them is padding; tall columns unless they leave the device idle."""
     padded = {b: triton.cdiv(K, b) * b for b in _BLOCK_K}
     block_k = next(
         (b for b in _BLOCK_K if padded[b] <= 1.2 * K), min(_BLOCK_K, key=lambda b: (padded[b], -b))
@@ -267,7 +273,7 @@ def depthwise_conv_bn_act(
         return y
     C, H, W = x.shape[1:]
     R, S = weight.shape[2:]
-    unroll = R * S <= MAX_UNROLLED_TAPS
+    unroll = R <= MAX_UNROLLED_ROWS
     if config is None:
         config = _pick(N, K, P, Q, unroll, current_device(x).multiprocessors)
     block_p = config.BLOCK_P
@@ -316,7 +322,7 @@ def depthwise_conv_bn_act(
         DILATION_H=dilation[0],
         DILATION_W=dilation[1],
         MULTIPLIER=K // C,
-        UNROLL=unroll,
+        UNROLL_ROWS=unroll,
         VEC=vec,
         X_VEC=x_vec,
         R_VEC=r_vec,
@@ -355,8 +361,8 @@ def _check(x, weight, residual, stride, padding, dilation, groups) -> tuple[int,
     K, per_group, R, S = weight.shape
     if groups not in (None, C) or per_group != 1 or C == 0 or K % C:
         raise ValueError(
-            f"{who}: weight {tuple(weight.shape)} with groups={groups} is not depthwise for x with {C} channels "
-            f"(groups must be {C} and weight [multiple of {C}, 1, R, S])"
+            f"{who}: weight {tuple(weight.shape)} with groups={groups} is not depthwise for x with {C} "
+            f"channels (groups must be {C} and weight [multiple of {C}, 1, R, S])"
         )
     if x.dtype not in DTYPES:
         raise TypeError(f"{who}: x is {x.dtype}, expected float32, float16 or bfloat16; convert it")
@@ -384,9 +390,8 @@ def representative_calls() -> list[RepresentativeCall]:
     def call(C, size, R, dtype, stride=1, dilation=1, multiplier=1, residual=False, activation="relu6"):
         def thunk(config=None):
             K = multiplier * C
-            x = torch.empty(32, C, size, size, dtype=dtype, device="meta").to(
-                memory_format=torch.channels_last
-            )
+            x = torch.empty(32, C, size, size, dtype=dtype, device="meta")
+            x = x.to(memory_format=torch.channels_last)
             weight = torch.empty(K, 1, R, R, dtype=dtype, device="meta")
             vectors = [torch.empty(K, dtype=full, device="meta") for _ in range(4)]
             return depthwise_conv_bn_act(
