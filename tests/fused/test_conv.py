@@ -194,7 +194,7 @@ def test_special_weights_are_computed_not_hidden(value, activation):
             assert torch.equal(y.isinf(), expected.isinf())
 
 
-# --- gradient and registration --------------------------------------------------------------------------------
+# --- gradient and registration ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -278,7 +278,7 @@ def test_autocast_follows_stock(grad):
         assert layer.conv.weight.grad.dtype == torch.float32
 
 
-# --- modules ----------------------------------------------------------------------------------------------------
+# --- modules ------------------------------------------------------------------------------------------------
 
 
 def random_statistics(bn):
@@ -369,7 +369,7 @@ def test_functorch_sees_stock_operations():
     assert tangent.shape == (2, 8, 7, 7)
 
 
-# --- nothing stale ------------------------------------------------------------------------------------------------
+# --- nothing stale ------------------------------------------------------------------------------------------
 
 
 def changes():
@@ -450,7 +450,7 @@ def test_shapes_kept_are_bounded():
     assert len(packing._entries[id(layer.conv.weight)].by_key) <= packing._SHAPES_PER_WEIGHT
 
 
-# --- the choice and its errors ------------------------------------------------------------------------------------
+# --- the choice and its errors ------------------------------------------------------------------------------
 
 
 def test_choice_of_implementation():
