@@ -87,7 +87,8 @@ def draw(path: Path, photos: list[Path], captions: list[str], run: suite.Run) ->
     rows = -(-len(photos) // columns)
     figure = Figure(figsize=(10, 2.6 * rows + 1.8 + 0.42 * len(result.rows)), layout="constrained", dpi=110)
     pictures, speed = figure.subfigures(2, 1, height_ratios=[2.6 * rows, 1.8 + 0.42 * len(result.rows)])
-    for panel in (panels := pictures.subplots(rows, columns, squeeze=False).flat):
+    panels = list(pictures.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels:
         panel.set_axis_off()
     for panel, photo, caption in zip(panels, photos, captions):
         panel.imshow(Image.open(photo).convert("RGB"))
