@@ -149,6 +149,7 @@ class Counter(TorchDispatchMode):
         body = dispatch.body_of(func)
         if body is not None:
             return self.run_fused(body, func, args, kwargs)
+        self.remember_node()
         # Ops that are compositions of others come here whole in inference mode.
         if _is_composition(func):
             with self:
@@ -185,6 +186,7 @@ class Counter(TorchDispatchMode):
         outer = self.owner
         if outer is None:
             self.owner = self.owner_of(args) or self.layer()
+            self.remember_node()
         try:
             positional = [
                 *args,
@@ -204,13 +206,20 @@ class Counter(TorchDispatchMode):
         if self.owner is not None:
             return self.owner
         node = torch._C._current_autograd_node()
-        if node is not None:
-            return self.layer_of_node.get(node._sequence_nr(), "")
-        layer = self.running[-1] if self.running else ""
-        if torch.is_grad_enabled():
-            # The node of an op is made just before the op is dispatched; ops without a node come later.
-            self.layer_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, layer)
-        return layer
+        if node is None:
+            return self.running[-1] if self.running else ""
+        variable = getattr(node, "variable", None)  # of the nodes that accumulate a parameter's gradient
+        if variable is not None:
+            return self.owner_of((variable,)) or ""
+        return self.layer_of_node.get(node._sequence_nr(), "")
+
+    def remember_node(self) -> None:
+        """Notes whose backward the newest autograd node is.
+
+        An op's node is made just before the op is dispatched, so the first op that sees a node is its own.
+        """
+        if torch.is_grad_enabled() and torch._C._current_autograd_node() is None:
+            self.layer_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, self.layer())
 
     def owner_of(self, args: tuple) -> str | None:
         for tensor in tensors_in(args):

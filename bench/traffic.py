@@ -131,16 +131,16 @@ class Comparison:
         from rich.table import Table
 
         table = Table(title=self.title or None, caption="counted, not measured: see fastnets.bench.traffic")
-        table.add_column("layer")
-        for header in ("stock MiB", "fused MiB", "ratio", "stock launches", "fused launches", "GFLOP"):
-            table.add_column(header, justify="right")
+        table.add_column("layer", overflow="fold")
+        for header in ("stock MiB", "fused MiB", "ratio", "launches", "GFLOP"):
+            table.add_column(header, justify="right", no_wrap=True)
         for layer, stock, fast in self.rows(depth):
-            table.add_row(layer or "(no module)", *_cells(stock, fast))
+            table.add_row(layer or "(top level)", *_cells(stock, fast))
         table.add_section()
         table.add_row("total", *_cells(self.stock.total, self.fast.total), style="bold")
         if self.stock.saved_bytes or self.fast.saved_bytes:
             saved = (self.stock.saved_bytes, self.fast.saved_bytes)
-            table.add_row("saved for backward", *map(mebibytes, saved), _ratio(*saved))
+            table.add_row("saved", *map(mebibytes, saved), _ratio(*saved))
         return table
 
     def __str__(self) -> str:
@@ -189,8 +189,7 @@ def _cells(stock: Moved, fast: Moved) -> list[str]:
         mebibytes(stock.bytes),
         mebibytes(fast.bytes) if fast.ops else "-",
         _ratio(stock.bytes, fast.bytes) if fast.ops else "",
-        str(stock.launches),
-        str(fast.launches) if fast.ops else "-",
+        f"{stock.launches} → {fast.launches}",
         f"{stock.flops / 1e9:.2f}" if stock.flops else "",
     ]
 

@@ -387,6 +387,18 @@ class TestFusedOps:
             ("conv2", 1),
         ]
 
+    def test_kernels_that_run_are_counted_like_those_that_are_only_reported(self, lane):
+        model, x = self.pair("meta")
+        with dispatch.backend("triton"):
+            reported = count(lambda: model(x), model=model)
+            model, x = self.pair("cpu")
+            model, x = model.to(lane.device), lane.put(x)
+            with lane, torch.no_grad():
+                run = count(lambda: model(x), model=model)
+        assert {(r.layer, r.moved.bytes, r.moved.flops) for r in run.records} == {
+            (r.layer, r.moved.bytes, r.moved.flops) for r in reported.records
+        }
+
     def test_vendor_convolution_with_our_epilogue(self):
         with dispatch.assume_device_type("cuda"):
             traffic = count(*self.pair("meta"))
@@ -497,6 +509,16 @@ class TestNetworks:
         for layer, before, after in found.rows(depth=0):
             assert after.flops == before.flops, layer  # each convolution's work stays with its name
 
+    def test_backward_of_every_layer_is_found(self):
+        torchvision = pytest.importorskip("torchvision", reason="its ViT reshapes a lot")
+        with torch.device("meta"):
+            model = torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 128)
+        traffic = count(model, images(2, 3, 32, 32), training=True)
+        outside = [record.op for record in traffic.records if record.layer == ""]
+        # The class token is concatenated, and the first token taken, by the network itself.
+        assert sorted(outside) == ["aten.cat", "aten.select_backward", "aten.sum"]
+        assert traffic.by_op["aten._scaled_dot_product_efficient_attention"].launches == 2
+
 
 class TestTable:
     def comparison(self) -> Comparison:
@@ -548,7 +570,7 @@ class TestCommand:
     def test_training_on_this_cpu(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "140")
         assert main(["lenet5", "-b", "2", "--device", "cpu", "--training", "--depth", "0"]) == 0
-        assert "saved for backward" in _joined(capsys)
+        assert "│ saved │" in _joined(capsys)
 
     @pytest.mark.parametrize(
         "name, message", [("resnet51", "resnet50"), ("nowhere:resnet18", "not a source")]
