@@ -244,10 +244,13 @@ def _table(results: list[Facts]):
     return table
 
 
-def _jsonable(value):
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    raise TypeError(type(value))
+def _plain(value):
+    """For JSON; ``dataclasses.asdict`` cannot copy a Counter."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Counter):
+        return dict(sorted(value.items()))
+    return sorted(value) if isinstance(value, frozenset) else value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if options.json:
         with open(options.json, "w") as file:
-            json.dump([dataclasses.asdict(f) for f in results], file, default=_jsonable, indent=1)
+            json.dump([_plain(f) for f in results], file, indent=1)
     return 1 if failed or too_large or spilling else 0
 
 

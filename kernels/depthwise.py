@@ -27,7 +27,7 @@ import triton.language as tl
 
 from fastnets.kernels.activation import activate, check_activation
 from fastnets.kernels.device import Device, current_device
-from fastnets.kernels.launch import Config, RepresentativeCall, launch
+from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
 
 __all__ = ["configs", "depthwise_conv_bn_act", "representative_calls"]
 
@@ -277,6 +277,8 @@ def depthwise_conv_bn_act(
     if config is None:
         config = _pick(N, K, P, Q, unroll, current_device(x).multiprocessors)
     block_p = config.BLOCK_P
+    if block_p > 1 and not unroll:
+        raise UnsupportedConfig(f"depthwise_conv_bn_act: {R} filter rows need BLOCK_P=1, not {block_p}")
     columns = N * triton.cdiv(P, block_p) * Q
     limit = 16 // x.element_size()
     vec = _power_of_two_divisor(limit, K)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastnets.kernels.depthwise import configs, depthwise_conv_bn_act
 from fastnets.kernels.device import DEVICES, assume_device
-from fastnets.kernels.launch import observe_launches
+from fastnets.kernels.launch import UnsupportedConfig, observe_launches
 from tests.accuracy import assert_close_to, assert_exact, integers
 from tests.lanes import STRICT_LANES
 
@@ -157,7 +157,9 @@ def test_every_config(lane, R):
     expected = F.conv2d(x, weight, padding=1, groups=40)
     for config in configs(DEVICES["h100"]):
         if R > 7 and config.BLOCK_P > 1:
-            continue  # never picked
+            with pytest.raises(UnsupportedConfig, match="8 filter rows need BLOCK_P=1"):
+                depthwise_conv_bn_act(x, weight, padding=(1, 1), config=config)
+            continue
         with lane:
             y = depthwise_conv_bn_act(lane.put(x), lane.put(weight), padding=(1, 1), config=config)
         assert_exact(expected, y)
