@@ -180,6 +180,7 @@ def _body(
     key = (
         x.shape, x.dtype, x.device, residual is None, *stride, *padding, *dilation, groups, eps, activation,
         negative_slope, dispatch.requested(backend), torch._C._get_mkldnn_enabled(),
+        x.is_meta and dispatch.device_type_of(x),
     )  # fmt: skip
     prepared = packing.lookup(weight, key, (bias, mean, var, bn_weight, bn_bias))
     if prepared is not None and prepared.run is not None:
