@@ -423,6 +423,18 @@ class TestFusedOps:
         assert traffic.launches == 3  # and the image's layout
         assert traffic.flops == self.FLOPS
 
+    def test_the_assumed_device_decides_for_meta_tensors(self):
+        model, x = self.pair("meta")
+        for device, op in (
+            ("cuda", "aten.cudnn_convolution_relu"),
+            ("cpu", "mkldnn._convolution_pointwise"),
+        ) * 2:
+            with dispatch.backend("library"), dispatch.assume_device_type(device):
+                traffic = count(model, x)
+            assert op in traffic.by_op
+            assert traffic.launches == 3  # two convolutions, and the image's layout
+            assert traffic.flops == self.FLOPS
+
     @pytest.mark.parametrize("device", DEVICES)
     def test_reference_is_opened_up(self, device):
         with dispatch.backend("reference"):
@@ -498,9 +510,10 @@ class TestNetworks:
     )
     def test_fused_shares(self, name, backend, share, launches):
         from fastnets.fused.optimize import optimize
+        from fastnets.kernels.device import assume_device
 
         stock = on_meta(name)
-        with dispatch.assume_device_type("cuda"), dispatch.backend(backend):
+        with dispatch.assume_device_type("cuda"), assume_device("a100"), dispatch.backend(backend):
             found = compare(stock, optimize(stock), images(32, 3, 224, 224))
         assert found.stock.launches == EAGER[name][0]
         assert found.fast.launches <= launches
