@@ -63,8 +63,13 @@ _TABLES = {
     ("joint", "16-bit"): ((128, 64, 32, 4, 3, (1,)), (64, 64, 32, 4, 3, (1,)), (64, 32, 32, 4, 3, (1,))),
     ("joint", "tf32"): ((128, 32, 32, 4, 3, (1,)), (64, 32, 32, 4, 3, (1,))),
     ("joint", "fma"): ((64, 32, 16, 4, 2, (1,)), (32, 32, 16, 4, 2, (1,))),
-    ("packed", "16-bit"): ((128, 64, 64, 4, 3, (1,)), (64, 64, 64, 4, 3, (1,)), (128, 32, 32, 4, 3, (1,))),
-    ("packed", "tf32"): ((64, 64, 64, 4, 2, (1,)), (128, 32, 32, 4, 3, (1,))),
+    ("packed", "16-bit"): (
+        (128, 64, 64, 4, 3, (1,)),
+        (64, 64, 64, 4, 3, (1,)),
+        (128, 32, 32, 4, 3, (1,)),
+        (64, 32, 32, 4, 3, (1,)),
+    ),
+    ("packed", "tf32"): ((64, 64, 64, 4, 2, (1,)), (128, 32, 32, 4, 3, (1,)), (64, 32, 32, 4, 3, (1,))),
     ("packed", "fma"): ((32, 32, 32, 4, 2, (1,)), (64, 32, 32, 4, 2, (1,))),
     ("tensor map", "16-bit"): (
         (128, 128, 64, 8, 3, (1,)),
@@ -134,12 +139,14 @@ def kernel_configs(kernel: str, device: Device) -> list[Config]:
     return list(dict.fromkeys(config for table in tables for config in table))
 
 
-def suits(config: Config, vectors: bool, wide: bool) -> bool:
-    """Whether a config's registers hold the addresses of a call.
+def suits(config: Config, kernel: str, vectors: bool, wide: bool) -> bool:
+    """Whether a config leaves registers for the addresses of a call.
 
-    vectors: operands load 16 bytes (or a few elements) at a time, and not one by one, each from an address of
-    its own. wide: addresses take 64 bits.
+    vectors: operands load several elements at a time, and not one by one, each from an address of its own.
+    wide: addresses take 64 bits.
     """
+    if kernel == "joint":
+        return True  # its tiles are for scattered elements anyway
     threads = 32 * config.num_warps
     if not vectors and (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K > 32 * threads:
         return False
@@ -150,9 +157,13 @@ def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
     """The call's own config, or the chosen one. flags: those of ``ConvCall.flags``."""
     if call.config is not None:
         return call.config
-    vectors = flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
     device = current_device(call.x)
-    return choose_config(call.shape, call.x.element_size(), call.precision, device, vectors, flags["WIDE"])
+    size = call.x.element_size()
+    return choose_config(call.shape, size, call.precision, device, loads_vectors(flags), flags["WIDE"])
+
+
+def loads_vectors(flags: dict[str, object]) -> bool:
+    return flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -171,8 +182,7 @@ def choose_config(
     """
     kernel = kernel_of(shape)
     candidates = table_configs(kernel, products_of(element_size, precision, device), device)
-    if kernel == "taps":
-        candidates = [c for c in candidates if suits(c, vectors, wide)]
+    candidates = [c for c in candidates if suits(c, kernel, vectors, wide)]
     # Filters of several taps keep to 4 warps as long as nothing was measured: convolution loops in wider
     # blocks have been miscompiled (pytorch#173068), and no lane without a GPU runs the machine code itself.
     careful = [c for c in candidates if shape.taps == 1 or c.num_warps <= 4]
@@ -263,13 +273,12 @@ def representative(
         call = dataclasses.replace(call, precision=precision)
         device = current_device(image)
         products = products_of(image.element_size(), precision, device)
-        table = table_configs(kernel or kernel_of(call.shape), products, device)
+        table = kernel or kernel_of(call.shape)
         flags = call.flags()
-        vectors = flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
-        listed = config in table and (
-            kernel_of(call.shape) != "taps" or suits(config, vectors, flags["WIDE"])
-        )
-        if config is not None and not listed:
+        if config is not None and not (
+            config in table_configs(table, products, device)
+            and suits(config, table, loads_vectors(flags), flags["WIDE"])
+        ):
             raise UnsupportedConfig(f"{name}: {config} is never chosen for such a call")
         return run(call)
 

@@ -191,7 +191,7 @@ def tensor_map_conv(call: ConvCall) -> torch.Tensor:
 
 
 def pixel_box(shape: ConvShape, pixels: int) -> tuple[int, int, int]:
-    """(images, rows, columns), powers of two with the given product, that cover y [N, P, Q] with the fewest boxes.
+    """(images, rows, columns), powers of two of the given product: the box that covers y with the fewest.
 
     Among equals the one nearest a square: its windows overlap most.
     """
