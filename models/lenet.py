@@ -17,6 +17,7 @@ import math
 import random
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,12 +38,17 @@ class FlattenFixed(nn.Flatten):
         self.image = image
 
     def forward(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.features:
-            raise ValueError(
-                f"LeNet-5: the classifier takes {_by(self.features)} features, the convolutions gave "
-                f"{_by(x.shape[1:])}: give images of {_by(self.image)} pixels"
-            )
+        _check_features(x, self.features, self.image)
         return super().forward(x)
+
+
+@torch.fx.wrap  # a tracer takes the check as it stands
+def _check_features(x: Tensor, features: tuple[int, int, int], image: tuple[int, int]) -> None:
+    if tuple(x.shape[1:]) != features:
+        raise ValueError(
+            f"LeNet-5: the classifier takes {_by(features)} features, the convolutions gave "
+            f"{_by(x.shape[1:])}: give images of {_by(image)} pixels"
+        )
 
 
 class LeNet5(nn.Module):
@@ -130,7 +136,7 @@ class SparseConv2d(nn.Module):
     def __init__(self, in_channels: int, sees: tuple[tuple[int, ...], ...], kernel_size: int):
         super().__init__()
         connections = [(k, c) for k, inputs in enumerate(sees) for c in inputs]
-        self.in_channels = in_channels
+        self.dense_shape = (len(sees), in_channels, kernel_size, kernel_size)
         self.fan_in = [len(inputs) * kernel_size**2 for inputs in sees]
         self.weight = nn.Parameter(torch.empty(len(connections), kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(len(sees)))
@@ -139,7 +145,7 @@ class SparseConv2d(nn.Module):
         self.register_buffer("inputs", torch.tensor(inputs), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        dense = self.weight.new_zeros(len(self.bias), self.in_channels, *self.weight.shape[1:])
+        dense = self.weight.new_zeros(self.dense_shape)
         dense = dense.index_put((self.outputs, self.inputs), self.weight)
         return F.conv2d(x, dense, self.bias)
 

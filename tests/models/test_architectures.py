@@ -183,6 +183,20 @@ def test_network_in_network(name, size):
     assert maps.std() > 0.01  # He initialisation carries the signal through twelve layers
 
 
+@pytest.mark.parametrize(
+    "name", ["alexnet_2012", "lenet5", "lenet5_1998", "mobilenet_v2", "nin", "resnet18", "vgg11"]
+)
+def test_networks_can_be_traced(name):
+    model = on_meta(name).eval()
+    traced = torch.fx.symbolic_trace(model)
+    size = input_size(name)
+    x = torch.empty(2, *size, device="meta")
+    assert traced(x).shape == model(x).shape == (2, 10 if name.startswith("lenet") else 1000)
+    if name.startswith("lenet"):  # the traced network still names a wrong size
+        with pytest.raises(ValueError, match="give images of"):
+            traced(torch.empty(2, *size, device="meta").repeat(1, 1, 2, 2))
+
+
 def test_he_initialisation_keeps_gradients_in_scale():
     torch.manual_seed(0)
     conv = create_model("resnet18").layer3[0].conv2
