@@ -21,6 +21,9 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+
+# Imported before anything is patched: it keeps a table of language functions, of the patched ones otherwise.
+from triton.compiler import code_generator  # noqa: F401
 from triton.runtime import JITFunction
 from triton.runtime import interpreter as I
 from triton.runtime.driver import driver
