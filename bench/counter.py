@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from fastnets.bench.passes import Cost, bind, cost_of, nbytes, tensors_in
 from fastnets.fused import dispatch
@@ -270,14 +271,18 @@ class _AttentionAsOne(TorchFunctionMode):
         counter = self.counter
         operands = [t for t in (query, key, value, attn_mask) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-            if not query.is_meta or options.get("enable_gqa"):
+            if not query.is_meta or query.dim() != 4 or options.get("enable_gqa"):
                 return func(query, key, value, attn_mask, dropout_p, is_causal, **options)
+            if attn_mask is not None:
+                with counter.pause():
+                    attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
             # A kernel with a backward of its own, so that the gradient is one op too.
             op = torch.ops.aten._scaled_dot_product_efficient_attention
             return op(query, key, value, attn_mask, True, dropout_p, is_causal, scale=options.get("scale"))[0]
         with counter.pause():
             result = func(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        flops = sdpa_flop_count(query.shape, key.shape, value.shape)
+        # Q·K and weights·V, for every query of every head.
+        flops = 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         counter.record(ATTENTION, Cost(sum(map(nbytes, operands)), nbytes(result), 1), flops)
         return result
 

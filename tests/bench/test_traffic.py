@@ -312,6 +312,25 @@ class TestAttention:
         assert traffic.bytes_written == FLOAT * q.numel()
         assert traffic.flops == 2 * 2 * self.B * self.HEADS * self.L**2 * self.D
 
+    def test_grouped_queries(self):
+        q, (k, v) = torch.randn(2, 8, 16, 32), torch.randn(2, 2, 2, 16, 32)
+        with torch.no_grad():
+            traffic = count(F.scaled_dot_product_attention, q, k, v, enable_gqa=True, is_causal=True)
+        assert traffic.bytes == FLOAT * (2 * q.numel() + 2 * k.numel())
+        assert traffic.flops == 2 * 2 * 2 * 8 * 16 * 16 * 32
+
+    def test_masked_training_on_shapes_alone(self):
+        q, k, v = torch.empty(3, 2, 4, 16, 32, device="meta", requires_grad=True)
+        mask = torch.empty(16, 16, device="meta", dtype=torch.bool)
+        traffic = count(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward())
+        assert [op for op in traffic.by_op if "attention" in op] == [
+            "aten._scaled_dot_product_efficient_attention_backward",
+            "aten._scaled_dot_product_efficient_attention",
+        ]
+        assert traffic.by_op["aten._scaled_dot_product_efficient_attention"].bytes_read == FLOAT * (
+            3 * q.numel() + 256
+        )
+
     @pytest.mark.parametrize("device", DEVICES)
     def test_training_is_one_op_each_way(self, device):
         q, k, v = (
