@@ -40,8 +40,8 @@ def test_explain_shows_layers_and_implementations():
 
 
 def test_check_compares_with_float64():
-    text = run("check", "resnet18", "--img-size", "64", "-b", "2", "--device", "cpu").stdout
-    assert "resnet18 on cpu, weights: random (seed 0)" in text
+    text = run("check", "mobilenet_v2", "--img-size", "64", "-b", "2", "--device", "cpu").stdout
+    assert "mobilenet_v2 on cpu, weights: random (seed 0)" in text
     assert "error ratio" in text.lower()
 
 
@@ -64,7 +64,7 @@ def test_bench_prints_a_table_and_writes_every_format(tmp_path):
     names = ["run.json", "run.csv", "run.md", "run.png"]
     outputs = [word for name in names for word in ("-o", str(tmp_path / name))]
     result = run(
-        *("bench", "resnet18", "mobilenet_v2", "--img-size", "32", "-b", "2", "--device", "cpu"),
+        *("bench", "lenet5", "mobilenet_v2", "-b", "1", "--device", "cpu"),
         *("--threads", "1"),
         *("--variants", "eager,channels-last,folded,fastnets,fastnets-triton", "--rounds", "3", *outputs),
     )
@@ -72,7 +72,7 @@ def test_bench_prints_a_table_and_writes_every_format(tmp_path):
         assert (tmp_path / name).stat().st_size > 500
         assert f"{name}" in result.stdout
     content = json.loads((tmp_path / "run.json").read_text())
-    assert [network["network"] for network in content["results"]] == ["resnet18", "mobilenet_v2"]
+    assert [network["network"] for network in content["results"]] == ["lenet5", "mobilenet_v2"]
     assert content["environment"]["threads"] == 1
     for network in content["results"]:
         status = {row["variant"]: row["status"] for row in network["variants"]}
@@ -87,7 +87,7 @@ def test_bench_prints_a_table_and_writes_every_format(tmp_path):
             if row["status"] == "measured":
                 assert row["error_ratio"] <= 2
                 assert len(row["samples"]["wall"]) == 3
-    assert "resnet18, 2×3×32×32, float32" in result.stdout
+    assert "mobilenet_v2, 1×3×224×224, float32" in result.stdout
 
 
 def test_bench_does_not_time_a_wrong_variant(monkeypatch, tmp_path):
