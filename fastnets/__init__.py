@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastnets.fused.check import check
     from fastnets.fused.dispatch import backend
     from fastnets.fused.explain import explain
+    from fastnets.fused.memory import retain_memory
     from fastnets.fused.optimize import optimize, restore
     from fastnets.fused.packing import refresh
     from fastnets.models import list_models
@@ -33,6 +34,7 @@ _HOME = {
     "optimize": "fastnets.fused.optimize",
     "refresh": "fastnets.fused.packing",
     "restore": "fastnets.fused.optimize",
+    "retain_memory": "fastnets.fused.memory",
 }
 _SUBPACKAGES = ("bench", "fused", "kernels", "models")
 
@@ -45,6 +47,7 @@ __all__ = [
     "optimize",
     "refresh",
     "restore",
+    "retain_memory",
 ]
 
 
