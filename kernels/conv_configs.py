@@ -146,7 +146,7 @@ def suits(config: Config, kernel: str, vectors: bool, wide: bool) -> bool:
     wide: addresses take 64 bits.
     """
     if kernel == "joint":
-        return True  # its tiles are for scattered elements anyway
+        return vectors or config.BLOCK_M <= 64
     threads = 32 * config.num_warps
     if not vectors and (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K > 32 * threads:
         return False

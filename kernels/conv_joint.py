@@ -62,30 +62,36 @@ def conv_joint_kernel(
     m = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
     k = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), K - 1)
     n, h, w = window_origin(m, P, Q, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
-    windows = n * x_n + h * x_h + w * x_w
+    windows = tl.multiple_of(n * x_n + h * x_h + w * x_w, VECTOR_X)
     filters = k * weight_k
 
+    lanes = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, COLUMNS, BLOCK_K):
-        column = first + tl.arange(0, BLOCK_K)
+        column = first + lanes
         present = column < COLUMNS
         r = column // (S * C)
         s = column // C % S
         c = (column % C).to(INDEX)
         x_column = r * DILATION_H * x_h + s * DILATION_W * x_w + c * x_c
         weight_column = r * weight_r + s * weight_s + c * weight_c
-        # As in conv_kernel: what is masked is read from an address inside the tensor all the same.
-        x_column = tl.where(present, x_column, c % VECTOR_X)
-        weight_column = tl.where(present, weight_column, c % VECTOR_WEIGHT)
-        inside = present[None, :]
+        # As in conv_kernel, what is masked is read from inside the tensor all the same. The columns of a vector
+        # are of one tap: they are inside the image, or outside, as a whole.
+        x_column = tl.where(present, x_column, lanes % VECTOR_X)
+        x_column = tl.max_contiguous(tl.multiple_of(x_column, VECTOR_X), VECTOR_X)
+        weight_column = tl.where(present, weight_column, lanes % VECTOR_WEIGHT)
+        weight_column = tl.max_contiguous(tl.multiple_of(weight_column, VECTOR_WEIGHT), VECTOR_WEIGHT)
         offsets = windows[:, None] + x_column[None, :]
+        inside = present[None, :]
         if PADDED:
             inside &= within(h[:, None] + (r * DILATION_H)[None, :], H)
             inside &= within(w[:, None] + (s * DILATION_W)[None, :], W)
-            offsets = tl.where(inside, offsets, (c % VECTOR_X)[None, :])
+            inside = tl.max_constancy(inside, (1, VECTOR_X))
+            offsets = tl.where(inside, offsets, (lanes % VECTOR_X)[None, :])
         a = tl.load(x + offsets, mask=inside, other=0.0)
-        b = tl.load(weight + (filters[None, :] + weight_column[:, None]), mask=present[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        # B is loaded transposed, with lanes along the columns: each then takes one column apart, not many.
+        b = tl.load(weight + (filters[:, None] + weight_column[None, :]), mask=present[None, :], other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
