@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import random
 import sys
 import types
@@ -24,7 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _PLAIN_COLLECTIONS = (tuple, list, dict, torch.Size, fx.immutable_collections.immutable_list)
 _PLAIN_COLLECTIONS += (fx.immutable_collections.immutable_dict,)
 _NOT_FORWARDS = ("torch", "inspect", "typing", "copy", "dataclasses")  # code that asks for reasons of its own
+# Return their input in evaluation; (package, class) for those of other libraries.
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_FOREIGN_DROPOUTS = (("torchvision", "StochasticDepth"), ("timm", "DropPath"))
 
 
 class CaptureError(Exception):
@@ -57,6 +60,12 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether ``module`` is a stock layer that returns its input in evaluation mode."""
+    cls = type(module)
+    return cls in _DROPOUTS or (cls.__module__.split(".")[0], cls.__name__) in _FOREIGN_DROPOUTS
 
 
 def capture(
@@ -190,6 +199,43 @@ class _Proxy(fx.Proxy):
         return self.tracer.input_kind
 
 
+def _in_place(operation: Callable) -> Callable:
+    """``operation`` (``operator.iadd``, ...) as a function of its own.
+
+    fx has no proxies for the in-place operators: Python would fall back to ``x = x + y``, which is another
+    thing where somebody else sees ``x``. Its code for ``operator.iadd`` itself rebinds a variable that may
+    be read later, which is wrong for numbers.
+    """
+
+    def run(x, y):
+        return operation(x, y)
+
+    run.__name__ = run.__qualname__ = operation.__name__
+    return run
+
+
+# Python's method -> the function that stands for it in graphs.
+IN_PLACE_OPERATORS = {
+    f"__{name}__": _in_place(getattr(operator, name))
+    for name in (
+        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul"),
+        *("ior", "ipow", "irshift", "isub", "itruediv", "ixor"),
+    )
+}
+iadd = IN_PLACE_OPERATORS["__iadd__"]
+
+
+def _record(function: Callable) -> Callable:
+    def method(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name, _function in IN_PLACE_OPERATORS.items():
+    setattr(_Proxy, _name, _record(_function))
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -245,4 +291,4 @@ class _Tracer(fx.Tracer):
     def _returns_input(self, m: nn.Module) -> bool:
         if has_hooks(m):
             return False
-        return type(m) is nn.Identity or (type(m) in _DROPOUTS and not self.root.training)
+        return type(m) is nn.Identity or (is_dropout(m) and not self.root.training)

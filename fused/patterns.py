@@ -13,26 +13,53 @@ others: see :class:`_Memory`.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.activation import recognise, recognise_call
 from fastnets.fused.batch_norm import call_bn_add_act
+from fastnets.fused.capture import IN_PLACE_OPERATORS, iadd
 from fastnets.fused.conv import call_conv_bn_act
+from fastnets.fused.layout import LayoutError
 
-_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+
+def call_conv_bn_iadd_act(onto_residual: bool, *arguments: object) -> Tensor:
+    """``call_conv_bn_act(*arguments)`` where stock adds in place, and so keeps the dtype of what it writes.
+
+    onto_residual: stock writes the sum to the residual's memory, else to the layer's result.
+    """
+    return _call_iadd(call_conv_bn_act, onto_residual, *arguments)
+
+
+def call_bn_iadd_act(onto_residual: bool, *arguments: object) -> Tensor:
+    """``call_bn_add_act(*arguments)``, likewise."""
+    return _call_iadd(call_bn_add_act, onto_residual, *arguments)
+
+
+def _call_iadd(call: Callable, onto_residual: bool, *arguments: object) -> Tensor:
+    *layers, act, x, residual, activation, negative_slope, backend = arguments
+    dtype = x.dtype
+    if call is call_conv_bn_act and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if residual.dtype == dtype:
+        return call(*arguments)
+    y = call(*layers, None, x, None, "none", 0.0, backend)
+    total = operator.iadd(residual, y) if onto_residual else operator.iadd(y, residual)
+    return activation_of(activation).forward(total, negative_slope) if act is None else act(total)
+
+
+_CALLS = (call_conv_bn_act, call_bn_add_act, call_conv_bn_iadd_act, call_bn_iadd_act)
+_ADD_FUNCTIONS = (operator.add, torch.add, iadd)
 _ADD_METHODS = ("add", "add_")
-_IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor "
-    "setitem delitem".split()
-)
+_IN_PLACE_FUNCTIONS = frozenset([*IN_PLACE_OPERATORS.values(), operator.setitem, operator.delitem])
 _FRESH_FUNCTIONS = frozenset(
     [operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.cat]
-    + [torch.nn.functional.avg_pool2d, torch.nn.functional.max_pool2d, call_conv_bn_act, call_bn_add_act]
+    + [torch.nn.functional.avg_pool2d, torch.nn.functional.max_pool2d, *_CALLS]
 )
 _FRESH_MODULES = (nn.modules.conv._ConvNd, _BatchNorm, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.LayerNorm)
 
@@ -98,7 +125,8 @@ def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[s
     root: the module that paths start from. backend: what the fused calls are to run on. keep_stock: paths of
     convolutions and batch norms that stay as they are.
 
-    Returns ``(fusions, left)``, tuples of :class:`Fusion` and :class:`Left`.
+    Returns ``(fusions, left)``, tuples of :class:`Fusion` and :class:`Left`. Raises :class:`LayoutError` for a
+    graph whose meaning depends on the layout of its tensors.
     """
     rewriter = _Rewriter(graph, root, backend, keep_stock)
     for is_head in (is_convolution, is_batch_norm):
@@ -106,6 +134,9 @@ def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[s
         for node in reversed(list(graph.nodes)):
             if rewriter.calls(node, is_head):
                 rewriter.fuse_from(node)
+    rewriter.memory.forget()
+    if (node := rewriter.memory.write_seen_through_reshape()) is not None:
+        raise LayoutError(f"{_name(node)} writes in place to a tensor that its forward has reshaped")
     rewriter.note_leftovers()
     return tuple(rewriter.fusions), tuple(rewriter.left)
 
@@ -231,12 +262,14 @@ class _Rewriter:
             act_module = None if act is None else self.graph.get_attr(act)
             x, residual = chain.nodes[0].args[0], chain.residual
             rest = (bn, act_module, x, residual, *chain.activation, self.backend)
+            call = call_bn_add_act
             if chain.conv is not None:
-                conv = self.graph.get_attr(chain.conv.target)
-                call = self.graph.call_function(call_conv_bn_act, (conv, *rest))
-            else:
-                call = self.graph.call_function(call_bn_add_act, rest)
-        chain.last.replace_all_uses_with(call)
+                call, rest = call_conv_bn_act, (self.graph.get_attr(chain.conv.target), *rest)
+            if chain.add is not None and _writes(chain.add):
+                call = call_bn_iadd_act if chain.conv is None else call_conv_bn_iadd_act
+                rest = (chain.add.args[0] is residual, *rest)
+            fused = self.graph.call_function(call, rest)
+        chain.last.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
             self.graph.erase_node(node)
         self.memory.forget()
@@ -253,7 +286,7 @@ class _Rewriter:
     def note_leftovers(self) -> None:
         """Record what follows a convolution or batch norm, could have been fused in principle, and was not."""
         for node in self.graph.nodes:
-            sources = [s for s in node.all_input_nodes if s.target in (call_conv_bn_act, call_bn_add_act)]
+            sources = [s for s in node.all_input_nodes if s.target in _CALLS]
             if not sources:
                 continue
             addition = _addends(node) is not None
@@ -293,8 +326,14 @@ def _writes(node: fx.Node) -> bool:
         return node.target.endswith("_") and not node.target.endswith("__")
     if node.op != "call_function":
         return False
-    in_place = node.target in _IN_PLACE_OPERATORS or getattr(node.target, "__name__", "").endswith("_")
+    in_place = node.target in _IN_PLACE_FUNCTIONS or getattr(node.target, "__name__", "").endswith("_")
     return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+def _reshapes(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("view", "reshape", "flatten", "view_as", "reshape_as", "contiguous")
+    return node.op == "call_function" and node.target in (torch.flatten, torch.reshape)
 
 
 class _Memory:
@@ -332,6 +371,30 @@ class _Memory:
         self._analyse()
         return self._origins[node] == {node} and list(node.users) == [reader]
 
+    def write_seen_through_reshape(self) -> fx.Node | None:
+        """A write to memory that is read later by way of a reshape: a view in some layouts, a copy in others."""
+        self._analyse()
+        nodes = list(self.graph.nodes)
+        for i, reshape in enumerate(nodes):
+            if not _reshapes(reshape):
+                continue
+            for j in range(i + 1, len(nodes)):
+                written = self._written(nodes[j], surely=True)
+                if not written.isdisjoint(self._origins[reshape]) and self._read_beside(nodes, j, written):
+                    return nodes[j]
+        return None
+
+    def _read_beside(self, nodes: list[fx.Node], write: int, written: frozenset) -> bool:
+        """Whether memory of the origins ``written`` is read after node ``write``, but not from its result."""
+        results = {nodes[write]}
+        for node in nodes[write + 1 :]:
+            for read in node.all_input_nodes:
+                if read in results:
+                    results.add(node)
+                elif not written.isdisjoint(self._origins[read]):
+                    return True
+        return False
+
     def _analyse(self) -> None:
         if self._origins is not None:
             return
@@ -359,14 +422,14 @@ class _Memory:
             return True
         return recognise(module) is not None and type(module) is not nn.Identity and not _in_place(module)
 
-    def _written(self, node: fx.Node) -> frozenset:
-        """The origins that running the node may write to."""
+    def _written(self, node: fx.Node, surely: bool = False) -> frozenset:
+        """The origins that running the node may write to; ``surely``: not those that a user's module might."""
         if node.op == "call_module":
             module = self.modules[node.target]
             if type(module).__module__.startswith("torch.nn") and not list(module.children()):
                 written = node.all_input_nodes if _in_place(module) else []
             else:
-                written = node.all_input_nodes  # a module of the user's own might
+                written = [] if surely else node.all_input_nodes  # a module of the user's own might
         elif node.op in ("call_function", "call_method"):
             written = node.all_input_nodes[:1] if _writes(node) else []
             if "out" in node.kwargs:

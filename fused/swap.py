@@ -20,14 +20,21 @@ import linecache
 import re
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import packing
 from fastnets.fused.activation import recognise
-from fastnets.fused.capture import _DROPOUTS, Captured, CaptureError, capture, has_hooks, required_arguments
+from fastnets.fused.capture import (
+    Captured,
+    CaptureError,
+    capture,
+    has_hooks,
+    is_dropout,
+    required_arguments,
+)
 from fastnets.fused.layout import (
     LayoutError,
     hide_layout,
@@ -167,8 +174,8 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             continue
         done.add(id(variant))
         graph = variant.captured.graph
-        variant.fusions, variant.left = fuse(graph, module, recipe.backend, recipe.keep_stock)
         try:
+            variant.fusions, variant.left = fuse(graph, module, recipe.backend, recipe.keep_stock)
             variant.changes = hide_layout(
                 graph, module, restore_outputs=recipe.restores_outputs, observing=observes_layout
             )
@@ -286,7 +293,7 @@ class _Writer:
         tests = []
         for path in captured.inlined:
             child = self.module.get_submodule(path)
-            name = f"_fn_children_{path.replace('.', '_')}"
+            name = _children_name(path)
             self.namespace[name] = children_of(child)
             tests.append(f"_fn_intact({self._path(path)}, {name})")
         tests += [f"_fn_passes({self._path(path)})" for path in captured.bypassed]
@@ -299,6 +306,10 @@ class _Writer:
         return expression
 
 
+def _children_name(path: str) -> str:
+    return f"_fn_children_{path.replace('.', '_')}"
+
+
 def children_of(module: nn.Module) -> tuple:
     """Names and classes of a module's children."""
     return tuple(module._modules), tuple(map(type, module._modules.values()))
@@ -309,11 +320,11 @@ def is_intact(sequential: nn.Module, children: tuple) -> bool:
     return not (has_hooks(sequential) or _has_any_global_hook()) and children_of(sequential) == children
 
 
-def passes_through(module: nn.Module) -> bool:
+def passes_through(module: nn.Module, evaluating: bool = False) -> bool:
     """Whether calling ``module`` would still return its input."""
     if has_hooks(module) or _has_any_global_hook():
         return False
-    return type(module) is nn.Identity or (type(module) in _DROPOUTS and not module.training)
+    return type(module) is nn.Identity or (is_dropout(module) and (evaluating or not module.training))
 
 
 # --- the generated class --------------------------------------------------------------------------------------
@@ -376,7 +387,7 @@ def _role(module: object) -> object:
         is_convolution(module),
         is_batch_norm(module),
         recognise(module),
-        type(module) in _DROPOUTS,
+        is_dropout(module),
         observes_layout(module),
     )
 
@@ -521,3 +532,24 @@ def without_rewrite(cls: type) -> type:
             cls.__name__, tuple(map(without_rewrite, cls.__bases__)), attributes
         )
     return stock
+
+
+def variants_in_force(module: nn.Module) -> list[Variant]:
+    """The captured graphs that a call in evaluation mode would choose among, as hooks and children are now."""
+    blueprint = blueprint_of(type(module))
+    found = []
+    for condition, variant in blueprint.variants.items():
+        if condition.training or not condition.intact or variant.captured is None:
+            continue
+        if not _goes_through(module, blueprint, variant.captured):
+            variant = blueprint.variants[replace(condition, intact=False)]
+        if variant.captured is not None:
+            found.append(variant)
+    return found
+
+
+def _goes_through(module: nn.Module, blueprint: Blueprint, captured: Captured) -> bool:
+    scope = blueprint.generated.forward.__globals__
+    return all(
+        is_intact(module.get_submodule(path), scope[_children_name(path)]) for path in captured.inlined
+    ) and all(passes_through(module.get_submodule(path), evaluating=True) for path in captured.bypassed)
