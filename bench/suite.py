@@ -6,8 +6,9 @@ DESIGN allows (twice the stock network's own error against float64) is reported 
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,6 +202,17 @@ def _settle(result: Result) -> None:
             row.note = f"stopped early: {samples.failure}"
 
 
+@contextlib.contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN choose its algorithms by timing them, for every variant alike."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def run(
     networks: Iterable[Callable[[], Network]],
     settings: Settings,
@@ -212,21 +224,20 @@ def run(
 
     ``finished`` is called with each result as soon as it is there. Ctrl-C ends the run with what is done.
     """
-    with cpu_threads(settings.threads):
-        facts = environment.describe(settings.device)
-    whole = Run(facts, _plain(settings))
-    for build in networks:
-        try:
-            result = run_network(build(), settings, tell=tell)
-        except KeyboardInterrupt:
-            whole.interrupted = True
-            break
-        whole.results.append(result)
-        if finished is not None:
-            finished(result)
-        if result.comparison is not None and result.comparison.interrupted:
-            whole.interrupted = True
-            break
+    with cpu_threads(settings.threads), _cudnn_benchmark():
+        whole = Run(environment.describe(settings.device), _plain(settings))
+        for build in networks:
+            try:
+                result = run_network(build(), settings, tell=tell)
+            except KeyboardInterrupt:
+                whole.interrupted = True
+                break
+            whole.results.append(result)
+            if finished is not None:
+                finished(result)
+            if result.comparison is not None and result.comparison.interrupted:
+                whole.interrupted = True
+                break
     return whole
 
 
