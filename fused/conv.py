@@ -160,7 +160,8 @@ def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str
             return "cudnn" if cudnn.fuses(x.dtype, activation) else "cudnn+epilogue"
         if why_not is None:
             # Unmeasured: ours where vendors are weak, else the vendor's dense k×k with our epilogue.
-            return "triton" if groups > 1 or weight.shape[2:] == (1, 1) else "cudnn+epilogue"
+            weak = groups > 1 or weight.shape[2:] == (1, 1) or weight.shape[1] <= 4
+            return "triton" if weak else "cudnn+epilogue"
     else:
         why_not = f"there is no fused vendor call for device type {device!r}"
     if wanted == "library":
@@ -430,8 +431,12 @@ def call_conv_bn_act(
     broadcasts or promotes. ``act`` is the module that stock would call; None means a function or nothing.
     """
     weight, bias, *bn_vectors = weights = _weights_of(conv, bn)
-    if _must_run_stock(conv, bn, act, x, weight, residual, backend):
-        if torch.is_grad_enabled() and weight is not None:
+    grad = torch.is_grad_enabled()
+    alone = bn is None and residual is None and activation == "none"
+    if (grad and (alone or _too_small_to_fold(x, weight, backend))) or _must_run_stock(
+        conv, bn, act, x, weight, residual
+    ):
+        if grad and weight is not None:
             packing.forget(weight)  # a training step may follow
         return call_stock(bn, act, conv(x), residual, activation, negative_slope)
     padding = conv.padding
@@ -442,7 +447,7 @@ def call_conv_bn_act(
         x, padding = _resolve_padding(conv, x)
     eps = 0.0 if bn is None else bn.eps
     options = (conv.stride, padding, conv.dilation, conv.groups, eps, activation, negative_slope, backend)
-    if torch.is_grad_enabled():
+    if grad:
         return _differentiable(x, weight, bias, *bn_vectors, residual, *options)
     if _watched(x):
         return _infer(x, weight, bias, *bn_vectors, residual, *options)
@@ -477,7 +482,7 @@ def _watched(x: Tensor) -> bool:
     )
 
 
-def _must_run_stock(conv, bn, act, x, weight, residual, backend) -> bool:
+def _must_run_stock(conv, bn, act, x, weight, residual) -> bool:
     return (
         conv.__class__ is not nn.Conv2d
         or weight.__class__ not in _PLAIN_WEIGHTS
@@ -490,14 +495,15 @@ def _must_run_stock(conv, bn, act, x, weight, residual, backend) -> bool:
         or not _dtypes_agree(weight, x, residual)
         or (residual is not None and not _adds_plainly(conv, x, residual))
         or in_transform()
-        or (torch.is_grad_enabled() and _too_small_to_fold(x, weight, backend))
     )
 
 
-def _too_small_to_fold(x: Tensor, weight: Tensor, backend: str) -> bool:
+def _too_small_to_fold(x: object, weight: Tensor | None, backend: str) -> bool:
     """With gradients enabled nothing is kept, and on the CPU a fused call that must fold first can lose to
     stock."""
-    if x.device.type != "cpu" or dispatch.requested(backend) != "auto":
+    if x.__class__ is not Tensor or x.dim() != 4 or weight is None or x.device.type != "cpu":
+        return False
+    if dispatch.requested(backend) != "auto":
         return False
     N, _, H, W = x.shape
     return not _folding_pays((N, weight.shape[0], H, W), weight)
@@ -549,6 +555,8 @@ def implementation_of(
 ) -> str:
     """The implementation that ``call_conv_bn_act`` would run for an input like ``x``; "stock" if none."""
     weight = conv._parameters.get("weight")
-    if _must_run_stock(conv, bn, act, x, weight, None, backend):
+    if (torch.is_grad_enabled() and _too_small_to_fold(x, weight, backend)) or _must_run_stock(
+        conv, bn, act, x, weight, None
+    ):
         return "stock"
     return choose(x, weight, conv.groups, activation, backend)

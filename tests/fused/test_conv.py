@@ -464,6 +464,8 @@ def test_choice_of_implementation():
         meta = x.to("meta")
         with dispatch.assume_device_type("cuda"):
             assert implementation_of(conv.to("meta"), None, None, "relu", meta) == "cudnn+epilogue"
+            stem = nn.Conv2d(3, 8, 7, device="meta")
+            assert implementation_of(stem, None, None, "relu", meta[:, :3]) == "triton"
             assert implementation_of(conv, None, None, "relu", meta, "library") == "cudnn"
             pointwise = nn.Conv2d(8, 8, 1, device="meta")
             assert implementation_of(pointwise, None, None, "relu", meta) == "triton"
