@@ -13,6 +13,7 @@ channel is one of those dims.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ import triton.language as tl
 
 from fastnets.kernels.activation import activate, check_activation
 from fastnets.kernels.device import Device, current_device
-from fastnets.kernels.launch import Config, RepresentativeCall, launch
+from fastnets.kernels.launch import Config, RepresentativeCall, launch, tiles
 
 __all__ = ["bn_add_act", "configs", "representative_calls"]
 
@@ -167,24 +168,18 @@ def bn_add_act_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the dims of one call become a tile (see the module's docstring)."""
+    """All of a launch that follows from shapes and strides; kept, as finding it costs more than launching."""
 
-    rows: int
-    cols: int
-    sizes: tuple[int, int, int]
-    x_strides: tuple[int, ...]
-    r_strides: tuple[int, ...]
+    grid: tuple[int]
+    config: Config
+    # The kernel's arguments from rows_total to r_col.
+    sizes_and_strides: tuple[int, ...]
     constexprs: dict
-    channel_is_column: bool
-    transposes: bool
-
-    def grid(self, config: Config) -> tuple[int]:
-        row_tiles = triton.cdiv(self.rows, config.BLOCK_ROWS)
-        return (row_tiles * triton.cdiv(self.cols, config.BLOCK_COLS),)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(shape, y_strides, x_strides, r_strides, itemsize) -> Plan:
+def _plan(shape, y_strides, x_strides, r_strides, itemsize, config, multiprocessors) -> Plan:
+    """How the dims of one call become a tile: see the module's docstring."""
     order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -y_strides[d])
     # Merged dims, from the outside in: [size, x stride, residual stride, is the channel].
     dims: list[list] = []
@@ -219,12 +214,18 @@ def _plan(shape, y_strides, x_strides, r_strides, itemsize) -> Plan:
         return (*row_strides, *[0] * (4 - len(rows)), col)
 
     sizes = [row[0] for row in rows]
+    rows_total = math.prod(sizes)
+    if config is None:
+        config = _pick(rows_total, cols, column_is_channel or x_col != 1 or r_col != 1, multiprocessors)
     return Plan(
-        rows=functools.reduce(int.__mul__, sizes, 1),
-        cols=cols,
-        sizes=tuple((sizes + [1, 1, 1])[:3]),
-        x_strides=strides_of(1, x_col),
-        r_strides=strides_of(2, r_col),
+        grid=(tiles(rows_total, config.BLOCK_ROWS) * tiles(cols, config.BLOCK_COLS),),
+        config=config,
+        sizes_and_strides=(
+            *(rows_total, cols // vec),
+            *(sizes + [1, 1, 1])[:3],
+            *strides_of(1, x_col),
+            *strides_of(2, r_col),
+        ),
         constexprs={
             "ROW_DIMS": len(rows),
             "CHANNEL": channel,
@@ -236,8 +237,6 @@ def _plan(shape, y_strides, x_strides, r_strides, itemsize) -> Plan:
             # Tiles overhang, by less than a tile.
             "WIDE_OFFSETS": extent + 16384 >= 2**31,
         },
-        channel_is_column=column_is_channel,
-        transposes=(x_col != 1) or (r_col != 1),
     )
 
 
@@ -264,12 +263,11 @@ def configs(device: Device) -> list[Config]:
     return [_config(elements, columns) for elements in _ELEMENTS for columns in _COLUMNS]
 
 
-@functools.lru_cache(maxsize=4096)
 def _pick(rows: int, cols: int, narrow: bool, multiprocessors: int) -> Config:
-    columns = min(max(triton.next_power_of_2(cols), 16), 64 if narrow else 256)
-    tiles = triton.cdiv(rows, 4096 // columns) * triton.cdiv(cols, columns)
+    columns = min(max(1 << (cols - 1).bit_length(), 16), 64 if narrow else 256)
+    blocks = tiles(rows, 4096 // columns) * tiles(cols, columns)
     # Smaller tiles where large ones would leave multiprocessors with less than four.
-    return _config(4096 if tiles >= 4 * multiprocessors else 1024, columns)
+    return _config(4096 if blocks >= 4 * multiprocessors else 1024, columns)
 
 
 def bn_add_act(
@@ -305,29 +303,24 @@ def bn_add_act(
         x.stride(),
         y_strides if residual is None else residual.stride(),
         x.element_size(),
+        config,
+        0 if config is not None else current_device(x).multiprocessors,
     )
-    if config is None:
-        narrow = plan.channel_is_column or plan.transposes
-        config = _pick(plan.rows, plan.cols, narrow, current_device(x).multiprocessors)
     vectors = [
-        v if v is None or v.stride(0) == 1 or v.numel() == 1 else v.contiguous()
+        v if v is None or v.is_contiguous() else v.contiguous()
         for v in (bias, running_mean, running_var, bn_weight, bn_bias)
     ]
     launch(
         bn_add_act_kernel,
-        plan.grid(config),
+        plan.grid,
         x,
         y,
         residual,
         *vectors,
-        plan.rows,
-        plan.cols // plan.constexprs["VEC"],
-        *plan.sizes,
-        *plan.x_strides,
-        *plan.r_strides,
+        *plan.sizes_and_strides,
         eps,
         negative_slope,
-        config=config,
+        config=plan.config,
         reads=(x, residual, *vectors),
         writes=(y,),
         ACTIVATION=activation,
@@ -344,11 +337,11 @@ def _check(x, residual, *vectors) -> None:
         raise ValueError(f"bn_add_act: x has {x.dim()} dims, expected 2 to 5 ([N, C, ...])")
     if x.dtype not in DTYPES:
         raise TypeError(f"bn_add_act: x is {x.dtype}, expected float32, float16 or bfloat16; convert it")
-    channels = x.shape[1]
+    channels = x.shape[1:2]
     for name, vector in zip(_VECTOR_NAMES, vectors):
-        if vector is not None and (vector.dim() != 1 or vector.shape[0] != channels):
+        if vector is not None and vector.shape != channels:
             raise ValueError(
-                f"bn_add_act: {name} has shape {tuple(vector.shape)}, expected ({channels},), x's channels"
+                f"bn_add_act: {name} has shape {tuple(vector.shape)}, expected {tuple(channels)}, as x"
             )
     if residual is not None:
         if residual.shape != x.shape:

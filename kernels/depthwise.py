@@ -20,6 +20,7 @@ vectors.
 """
 
 import functools
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -27,7 +28,7 @@ import triton.language as tl
 
 from fastnets.kernels.activation import activate, check_activation
 from fastnets.kernels.device import Device, current_device
-from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
+from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch, tiles
 
 __all__ = ["configs", "depthwise_conv_bn_act", "representative_calls"]
 
@@ -216,20 +217,83 @@ def configs(device: Device) -> list[Config]:
     return [_config(block_k, block_p) for block_k in _BLOCK_K for block_p in _BLOCK_P]
 
 
-@functools.lru_cache(maxsize=4096)
 def _pick(N: int, K: int, P: int, Q: int, unroll: bool, multiprocessors: int) -> Config:
     """Wide channel blocks unless much of them is padding; tall columns unless they leave the device idle."""
-    padded = {b: triton.cdiv(K, b) * b for b in _BLOCK_K}
-    block_k = next(
-        (b for b in _BLOCK_K if padded[b] <= 1.2 * K), min(_BLOCK_K, key=lambda b: (padded[b], -b))
-    )
+    padded = {b: tiles(K, b) * b for b in _BLOCK_K}
+    least_padded = min(_BLOCK_K, key=lambda b: (padded[b], -b))
+    block_k = next((b for b in _BLOCK_K if padded[b] <= 1.2 * K), least_padded)
     if not unroll:
         return _config(block_k, 1)
     for block_p in _BLOCK_P:
-        blocks = triton.cdiv(N * triton.cdiv(P, block_p) * Q, 1024 // block_k) * triton.cdiv(K, block_k)
-        if triton.cdiv(P, block_p) * block_p <= 1.2 * P + 1 and blocks >= 4 * multiprocessors:
+        blocks = tiles(N * tiles(P, block_p) * Q, 1024 // block_k) * tiles(K, block_k)
+        if tiles(P, block_p) * block_p <= 1.2 * P + 1 and blocks >= 4 * multiprocessors:
             break
     return _config(block_k, block_p)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a launch that follows from shapes and strides; kept, as finding it costs more than launching."""
+
+    output: tuple[int, int, int, int]
+    grid: tuple[int] = (0,)
+    config: Config | None = None
+    sizes_and_strides: tuple[int, ...] = ()
+    constexprs: dict = field(default_factory=dict)
+    flops: int = 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    x_shape, x_strides, weight_shape, weight_strides, residual_shape, residual_strides, itemsize,
+    stride, padding, dilation, groups, config, multiprocessors,
+) -> Plan:  # fmt: skip
+    output = N, K, P, Q = _output_shape(
+        x_shape, weight_shape, residual_shape, stride, padding, dilation, groups
+    )
+    C, H, W = x_shape[1:]
+    R, S = weight_shape[2:]
+    if N == 0 or K == 0:
+        return Plan(output)
+    unroll = R <= MAX_UNROLLED_ROWS
+    if config is None:
+        config = _pick(N, K, P, Q, unroll, multiprocessors)
+    block_p = config.BLOCK_P
+    if block_p > 1 and not unroll:
+        raise UnsupportedConfig(f"{_WHO}: {R} filter rows need BLOCK_P=1, not {block_p}")
+    columns = N * tiles(P, block_p) * Q
+    vec = _power_of_two_divisor(16 // itemsize, K)
+    x_units, x_vec = _in_units(x_shape, x_strides, vec if K == C else 1)
+    residual_units, residual_vec = (0, 0, 0, 0), 1
+    if residual_strides is not None:
+        residual_units, residual_vec = _in_units(output, residual_strides, vec)
+    extent = max(N * K * P * Q, _extent(x_shape, x_strides), _extent(output, residual_strides or (0,) * 4))
+    w_k, _, w_r, w_s = weight_strides
+    return Plan(
+        output,
+        grid=(tiles(columns, config.BLOCK_M) * tiles(K, config.BLOCK_K),),
+        config=config,
+        sizes_and_strides=(
+            *(columns, K // vec, H, W, P, Q, tiles(P, block_p), *padding),
+            *(*x_units, w_k, w_r, w_s, *residual_units),
+        ),
+        constexprs={
+            "R": R,
+            "S": S,
+            "STRIDE_H": stride[0],
+            "STRIDE_W": stride[1],
+            "DILATION_H": dilation[0],
+            "DILATION_W": dilation[1],
+            "MULTIPLIER": K // C,
+            "UNROLL_ROWS": unroll,
+            "VEC": vec,
+            "X_VEC": x_vec,
+            "R_VEC": residual_vec,
+            # Columns overhang the image by a tile and a halo.
+            "WIDE_OFFSETS": 2 * extent >= 2**31,
+        },
+        flops=2 * N * K * P * Q * R * S,
+    )
 
 
 def depthwise_conv_bn_act(
@@ -262,84 +326,64 @@ def depthwise_conv_bn_act(
     Raises ``ValueError`` and ``TypeError`` for what does not fit.
     """
     check_activation(activation)
-    N, K, P, Q = _check(x, weight, residual, stride, padding, dilation, groups)
-    for name, vector in zip(_VECTOR_NAMES, (bias, running_mean, running_var, bn_weight, bn_bias)):
-        if vector is not None and (vector.dim() != 1 or vector.shape[0] != K):
+    _check_dtypes(x, weight, residual)
+    plan = _plan(
+        tuple(x.shape),
+        x.stride(),
+        tuple(weight.shape),
+        weight.stride(),
+        None if residual is None else tuple(residual.shape),
+        None if residual is None else residual.stride(),
+        x.element_size(),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        config,
+        0 if config is not None else current_device(x).multiprocessors,
+    )
+    vectors = [bias, running_mean, running_var, bn_weight, bn_bias]
+    for i, vector in enumerate(vectors):
+        if vector is None:
+            continue
+        if vector.shape != plan.output[1:2]:
             raise ValueError(
-                f"depthwise_conv_bn_act: {name} has shape {tuple(vector.shape)}, expected ({K},)"
+                f"{_WHO}: {_VECTOR_NAMES[i]} has shape {tuple(vector.shape)}, expected ({plan.output[1]},)"
             )
-    y = torch.empty((N, K, P, Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if y.numel() == 0:
+        if not vector.is_contiguous():
+            vectors[i] = vector.contiguous()
+    y = torch.empty(plan.output, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if plan.config is None:
         return y
-    C, H, W = x.shape[1:]
-    R, S = weight.shape[2:]
-    unroll = R <= MAX_UNROLLED_ROWS
-    if config is None:
-        config = _pick(N, K, P, Q, unroll, current_device(x).multiprocessors)
-    block_p = config.BLOCK_P
-    if block_p > 1 and not unroll:
-        raise UnsupportedConfig(f"depthwise_conv_bn_act: {R} filter rows need BLOCK_P=1, not {block_p}")
-    columns = N * triton.cdiv(P, block_p) * Q
-    limit = 16 // x.element_size()
-    vec = _power_of_two_divisor(limit, K)
-    x_strides, x_vec = _strides_in_units(x, vec if K == C else 1)
-    residual_strides, r_vec = ((0, 0, 0, 0), 1) if residual is None else _strides_in_units(residual, vec)
-    extent = max(_extent(t) for t in (x, y, residual if residual is not None else y))
-    vectors = [
-        v if v is None or v.stride(0) == 1 or v.numel() == 1 else v.contiguous()
-        for v in (bias, running_mean, running_var, bn_weight, bn_bias)
-    ]
     launch(
         depthwise_conv_kernel,
-        (triton.cdiv(columns, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_K),),
+        plan.grid,
         x,
         weight,
         y,
         residual,
         *vectors,
-        columns,
-        K // vec,
-        H,
-        W,
-        P,
-        Q,
-        triton.cdiv(P, block_p),
-        *padding,
-        *x_strides,
-        weight.stride(0),
-        weight.stride(2),
-        weight.stride(3),
-        *residual_strides,
+        *plan.sizes_and_strides,
         eps,
         negative_slope,
-        config=config,
+        config=plan.config,
         reads=(x, weight, residual, *vectors),
         writes=(y,),
-        flops=2 * N * K * P * Q * R * S,
+        flops=plan.flops,
         ACTIVATION=activation,
-        R=R,
-        S=S,
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        DILATION_H=dilation[0],
-        DILATION_W=dilation[1],
-        MULTIPLIER=K // C,
-        UNROLL_ROWS=unroll,
-        VEC=vec,
-        X_VEC=x_vec,
-        R_VEC=r_vec,
-        # Columns overhang the image by a tile and a halo.
-        WIDE_OFFSETS=2 * extent >= 2**31,
+        **plan.constexprs,
     )
     return y
 
 
+_WHO = "depthwise_conv_bn_act"
 _VECTOR_NAMES = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
 
 
-def _strides_in_units(tensor: torch.Tensor, limit: int) -> tuple[tuple[int, int, int, int], int]:
+def _in_units(shape, strides, limit: int) -> tuple[tuple[int, int, int, int], int]:
     """Strides of (n, c, h, w), all but c's divided by the longest access they allow, and that access."""
-    n, c, h, w = tensor.stride()
+    # The stride of a single element is never used, and may be anything.
+    n, c, h, w = (stride if size > 1 else 0 for size, stride in zip(shape, strides))
     vec = _power_of_two_divisor(limit, n, h, w) if c == 1 else 1
     return (n // vec, c, h // vec, w // vec), vec
 
@@ -351,37 +395,40 @@ def _power_of_two_divisor(limit: int, *values: int) -> int:
     return limit
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+def _extent(shape, strides) -> int:
+    return sum((size - 1) * stride for size, stride in zip(shape, strides))
 
 
-def _check(x, weight, residual, stride, padding, dilation, groups) -> tuple[int, int, int, int]:
-    who = "depthwise_conv_bn_act"
-    if x.dim() != 4 or weight.dim() != 4:
-        raise ValueError(f"{who}: x has {x.dim()} dims and weight {weight.dim()}, expected 4 and 4")
-    N, C, H, W = x.shape
-    K, per_group, R, S = weight.shape
-    if groups not in (None, C) or per_group != 1 or C == 0 or K % C:
-        raise ValueError(
-            f"{who}: weight {tuple(weight.shape)} with groups={groups} is not depthwise for x with {C} "
-            f"channels (groups must be {C} and weight [multiple of {C}, 1, R, S])"
-        )
+def _check_dtypes(x, weight, residual) -> None:
     if x.dtype not in DTYPES:
-        raise TypeError(f"{who}: x is {x.dtype}, expected float32, float16 or bfloat16; convert it")
+        raise TypeError(f"{_WHO}: x is {x.dtype}, expected float32, float16 or bfloat16; convert it")
     for name, tensor in (("weight", weight), ("residual", residual)):
         if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{who}: {name} is {tensor.dtype}, x is {x.dtype}; convert one of them")
+            raise TypeError(f"{_WHO}: {name} is {tensor.dtype}, x is {x.dtype}; convert one of them")
+
+
+def _output_shape(x, weight, residual, stride, padding, dilation, groups) -> tuple[int, int, int, int]:
+    """[N, K, P, Q] from the shapes of the tensors; raises for what is not a depthwise convolution."""
+    if len(x) != 4 or len(weight) != 4:
+        raise ValueError(f"{_WHO}: x has {len(x)} dims and weight {len(weight)}, expected 4 and 4")
+    N, C, H, W = x
+    K, per_group, R, S = weight
+    if groups not in (None, C) or per_group != 1 or C == 0 or K % C:
+        raise ValueError(
+            f"{_WHO}: weight {weight} with groups={groups} is not depthwise for x with {C} channels "
+            f"(groups must be {C} and weight [multiple of {C}, 1, R, S])"
+        )
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        raise ValueError(f"{who}: stride={stride}, dilation={dilation}, padding={padding} are out of range")
+        raise ValueError(f"{_WHO}: stride={stride}, dilation={dilation}, padding={padding} are out of range")
     P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
     Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
     if P < 1 or Q < 1:
         raise ValueError(
-            f"{who}: the padded input is smaller than the filter: image {H}x{W}, padding {padding}, "
+            f"{_WHO}: the padded input is smaller than the filter: image {H}x{W}, padding {padding}, "
             f"filter {R}x{S}, dilation {dilation}"
         )
-    if residual is not None and tuple(residual.shape) != (N, K, P, Q):
-        raise ValueError(f"{who}: residual has shape {tuple(residual.shape)}, expected {(N, K, P, Q)}")
+    if residual is not None and residual != (N, K, P, Q):
+        raise ValueError(f"{_WHO}: residual has shape {residual}, expected {(N, K, P, Q)}")
     return N, K, P, Q
 
 

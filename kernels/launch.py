@@ -19,7 +19,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
-__all__ = ["Config", "Launch", "RepresentativeCall", "UnsupportedConfig", "launch", "observe_launches"]
+__all__ = [
+    "Config",
+    "Launch",
+    "RepresentativeCall",
+    "UnsupportedConfig",
+    "launch",
+    "observe_launches",
+    "tiles",
+]
 
 
 class UnsupportedConfig(ValueError):
@@ -191,6 +199,11 @@ def launch(
             kernel[grid](*args, **config.meta, **constexprs, **config.options)
         return
     kernel[grid](*args, **config.meta, **constexprs, **config.options)
+
+
+def tiles(extent: int, tile: int) -> int:
+    """Tiles that cover an extent. (``triton.cdiv`` on the host costs microseconds.)"""
+    return -(-extent // tile)
 
 
 def kernel_name(kernel: Any) -> str:
