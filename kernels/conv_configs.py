@@ -204,10 +204,12 @@ def predicted_seconds(
     elif kernel == "packed":
         columns = math.ceil(shape.groups / groups_per_tile(shape, config))
         blocks = shape.taps
-    if SPLIT_K > max(1, blocks // 4):
-        return math.inf  # a share of fewer than 4 blocks never fills the pipeline
+    tiles = math.ceil(shape.M / BLOCK_M) * columns
+    # Splitting is for grids that leave half the GPU idle; a share of fewer than 4 blocks fills no pipeline.
+    if SPLIT_K > 1 and (2 * tiles > device.multiprocessors or SPLIT_K > blocks // 4):
+        return math.inf
     blocks = math.ceil(blocks / SPLIT_K)
-    tiles = math.ceil(shape.M / BLOCK_M) * columns * SPLIT_K
+    tiles *= SPLIT_K
 
     shared = config.num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * element_size
     registers = min(255, 64 + BLOCK_M * BLOCK_N // (32 * config.num_warps))
@@ -220,13 +222,19 @@ def predicted_seconds(
         products
     ]
     multiply = 2 * BLOCK_M * BLOCK_N * BLOCK_K / (tflops * 1e12 / device.multiprocessors)
+    if products == "fma":
+        # Each operand is fetched from shared memory once per row or column of a thread's accumulators.
+        multiply *= 1 + 2 / math.sqrt(BLOCK_M * BLOCK_N / (32 * config.num_warps))
     # Operands come from L2, which delivers about 2.5 times what DRAM does.
     bandwidth = 2.5e9 * device.dram_bandwidth / device.multiprocessors
     load = (BLOCK_M + BLOCK_N) * BLOCK_K * element_size / bandwidth
     store = 2 * BLOCK_M * BLOCK_N * element_size / bandwidth
     # A tile alone on its multiprocessor waits for its own loads; neighbours hide each other's.
     waiting = 1 + 1 / min(tiles_each, resident)
-    seconds = tiles_each * (blocks * max(multiply, load) * waiting + store) + rounds * 1.5e-6
+    # Every column block has its barriers and addresses, about 90 instructions a warp; every round of tiles
+    # its prologue and epilogue.
+    overhead = 1.6e-8 * config.num_warps
+    seconds = tiles_each * (blocks * (max(multiply, load) * waiting + overhead) + store) + rounds * 1.5e-6
     if SPLIT_K > 1:
         seconds += 4e-6 + 2 * 4 * SPLIT_K * shape.M * shape.K / (1e9 * device.dram_bandwidth)
     return seconds

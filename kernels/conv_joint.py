@@ -75,8 +75,8 @@ def conv_joint_kernel(
         c = (column % C).to(INDEX)
         x_column = r * DILATION_H * x_h + s * DILATION_W * x_w + c * x_c
         weight_column = r * weight_r + s * weight_s + c * weight_c
-        # As in conv_kernel, what is masked is read from inside the tensor all the same. The columns of a vector
-        # are of one tap: they are inside the image, or outside, as a whole.
+        # As in conv_kernel, what is masked is read from inside the tensor all the same. The columns of one
+        # vector are of one tap: they are inside the image, or outside, as a whole.
         x_column = tl.where(present, x_column, lanes % VECTOR_X)
         x_column = tl.max_contiguous(tl.multiple_of(x_column, VECTOR_X), VECTOR_X)
         weight_column = tl.where(present, weight_column, lanes % VECTOR_WEIGHT)
