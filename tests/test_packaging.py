@@ -134,12 +134,11 @@ def test_the_command_is_installed():
     assert entry.value == "fastnets.cli:main"
 
 
-def test_editable_install_resolves_to_this_checkout():
-    import fastnets.kernels
-
-    if importlib.metadata.distribution("fastnets").read_text("direct_url.json") is None:
-        pytest.skip("fastnets was not installed from a folder")
-    assert Path(fastnets.kernels.__file__).parent == ROOT / "kernels"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_editable_install_resolves_to_this_checkout(folder, tmp_path):
+    name = "fastnets" if folder == "fastnets" else f"fastnets.{folder}"
+    out = python(f"import importlib; print(importlib.import_module({name!r}).__file__)", tmp_path)
+    assert Path(out.strip()).parent == ROOT / folder
 
 
 @pytest.fixture(scope="module")
