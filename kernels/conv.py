@@ -37,7 +37,7 @@ from fastnets.kernels.conv_configs import (
     reduce_config,
     representative,
 )
-from fastnets.kernels.conv_shape import SIZES, ConvCall, ConvShape, conv_call
+from fastnets.kernels.conv_shape import SIZES, ConvCall, ConvShape, ceil_div, conv_call
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, launch
@@ -283,7 +283,7 @@ def taps_conv(call: ConvCall) -> torch.Tensor:
     pitch = None
     if shape.taps == 1 and shape.padding == (0, 0) and shape.stride == (1, 1):
         pitch = pixel_pitch(shape, x_n, x_h, x_w)
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N)
+    tiles = ceil_div(M, config.BLOCK_M) * ceil_div(K, config.BLOCK_N)
     launch(
         conv_kernel, (tiles, shape.groups, SPLIT_K),
         call.x, call.weight, out, *call.vectors, call.residual,
@@ -297,7 +297,7 @@ def taps_conv(call: ConvCall) -> torch.Tensor:
     if SPLIT_K > 1:
         second = reduce_config(shape)
         launch(
-            conv_reduce_kernel, (triton.cdiv(M, second.BLOCK_M), triton.cdiv(shape.K, second.BLOCK_N)),
+            conv_reduce_kernel, (ceil_div(M, second.BLOCK_M), ceil_div(shape.K, second.BLOCK_N)),
             out, y, *call.vectors, call.residual, M, shape.K, shape.P, shape.Q,
             *residual_strides, call.eps, call.negative_slope,
             config=second, reads=(out, *call.vectors, call.residual), writes=(y,), SPLIT_K=SPLIT_K,

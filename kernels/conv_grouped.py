@@ -27,7 +27,7 @@ from fastnets.kernels.conv_configs import (
     kernel_configs,
     representative,
 )
-from fastnets.kernels.conv_shape import SIZES, ConvCall, vector_width
+from fastnets.kernels.conv_shape import SIZES, ConvCall, ceil_div, vector_width
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
@@ -137,9 +137,9 @@ def packed_conv(call: ConvCall) -> torch.Tensor:
             y.element_size(), pack * shape.group_channels, shape.C, x_n, x_h, x_w
         )
     flags["VECTOR_Y"] = vector_width(y.element_size(), pack * shape.group_outputs, shape.K)
-    bundles = triton.cdiv(shape.groups, pack)
+    bundles = ceil_div(shape.groups, pack)
     launch(
-        conv_packed_kernel, (triton.cdiv(shape.M, config.BLOCK_M) * bundles,),
+        conv_packed_kernel, (ceil_div(shape.M, config.BLOCK_M) * bundles,),
         call.x, call.weight, y, *call.vectors, call.residual,
         shape.M, shape.C, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K,
         x_n, x_c, x_h, x_w, *other_strides, call.eps, call.negative_slope, config=config,

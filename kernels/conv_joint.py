@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastnets.kernels.conv_configs import config_for, kernel_configs, representative
-from fastnets.kernels.conv_shape import SIZES, ConvCall
+from fastnets.kernels.conv_shape import SIZES, ConvCall, ceil_div
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
@@ -112,7 +112,7 @@ def joint_conv(call: ConvCall) -> torch.Tensor:
     config = config_for(call, flags)
     if config.SPLIT_K > 1:
         raise UnsupportedConfig(f"SPLIT_K={config.SPLIT_K}: {shape.C} channels make too few columns to split")
-    tiles = triton.cdiv(shape.M, config.BLOCK_M) * triton.cdiv(shape.K, config.BLOCK_N)
+    tiles = ceil_div(shape.M, config.BLOCK_M) * ceil_div(shape.K, config.BLOCK_N)
     launch(
         conv_joint_kernel, (tiles,), call.x, call.weight, y, *call.vectors, call.residual,
         shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from fastnets.kernels.activation import check_activation
 from fastnets.kernels.launch import Config
 
-__all__ = ["ConvCall", "ConvShape", "conv_call", "vector_width"]
+__all__ = ["ConvCall", "ConvShape", "ceil_div", "conv_call", "vector_width"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTORS = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
@@ -90,36 +91,64 @@ class ConvCall:
 
     def strides(self) -> tuple[int, ...]:
         """Of x, weight and residual in their order of dimensions: twelve numbers."""
-        residual = (0, 0, 0, 0) if self.residual is None else strides(self.residual)
-        return (*strides(self.x), *strides(self.weight), *residual)
+        return self._layout(0)[0]
 
     def flags(self, *outputs: torch.Tensor) -> dict[str, object]:
         """The compile-time arguments that all convolution kernels share."""
-        shape, size, K = self.shape, self.x.element_size(), self.shape.group_outputs
-        x_n, x_c, x_h, x_w = strides(self.x)
-        weight_k, weight_c, weight_r, weight_s = strides(self.weight)
-        # Offsets step by these multiples, so that a run of channels can load as one vector.
-        x_steps = (shape.group_channels, x_n, x_h, x_w)
-        weight_steps = (shape.group_channels, weight_k, weight_r, weight_s)
-        operands = (self.x, self.weight, self.residual, *outputs)
-        dense = self.residual is not None and strides(self.residual) == _channels_last_strides(shape)
-        return {
-            "R": shape.R,
-            "S": shape.S,
-            "STRIDE_H": shape.stride[0],
-            "STRIDE_W": shape.stride[1],
-            "PAD_H": shape.padding[0],
-            "PAD_W": shape.padding[1],
-            "DILATION_H": shape.dilation[0],
-            "DILATION_W": shape.dilation[1],
-            "VECTOR_X": vector_width(size, *x_steps) if x_c == 1 else 1,
-            "VECTOR_WEIGHT": vector_width(size, *weight_steps) if weight_c == 1 else 1,
-            "VECTOR_Y": vector_width(size, K),
-            "DENSE_RESIDUAL": dense,
-            "WIDE": any(span(t) > INT32_ELEMENTS for t in operands if t is not None),
-            "PRECISION": self.precision,
-            "ACTIVATION": self.activation,
-        }
+        flags = self._layout(max((t.numel() for t in outputs), default=0))[1]
+        return {**flags, "PRECISION": self.precision, "ACTIVATION": self.activation}
+
+    def _layout(self, outputs: int):
+        residual = None if self.residual is None else self.residual.stride()
+        size = self.x.element_size()
+        return _layout(self.shape, size, self.x.stride(), self.weight.stride(), residual, outputs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(
+    shape: ConvShape,
+    element_size: int,
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    residual: tuple[int, ...] | None,
+    outputs: int,
+) -> tuple[tuple[int, ...], dict[str, object]]:
+    """What follows from sizes and strides alone, worked out once: ``ConvCall.strides`` and most of its flags.
+
+    outputs: elements of the largest output.
+    """
+    sizes_x = (shape.N, shape.C, shape.H, shape.W)
+    sizes_weight = (shape.K, shape.group_channels, shape.R, shape.S)
+    sizes_y = (shape.N, shape.K, shape.P, shape.Q)
+    spans = [outputs, span(sizes_x, x), span(sizes_weight, weight)]
+    x_n, x_c, x_h, x_w = x = stepping(sizes_x, x)
+    weight_k, weight_c, weight_r, weight_s = weight = stepping(sizes_weight, weight)
+    dense = False
+    added = (0, 0, 0, 0)
+    if residual is not None:
+        spans.append(span(sizes_y, residual))
+        added = stepping(sizes_y, residual)
+        channels_last = (shape.K * shape.P * shape.Q, 1, shape.K * shape.Q, shape.K)
+        dense = added == stepping(sizes_y, channels_last)
+    # Offsets step by multiples of these, so that a run of channels can load as one vector.
+    x_steps = (shape.group_channels, x_n, x_h, x_w)
+    weight_steps = (shape.group_channels, weight_k, weight_r, weight_s)
+    flags = {
+        "R": shape.R,
+        "S": shape.S,
+        "STRIDE_H": shape.stride[0],
+        "STRIDE_W": shape.stride[1],
+        "PAD_H": shape.padding[0],
+        "PAD_W": shape.padding[1],
+        "DILATION_H": shape.dilation[0],
+        "DILATION_W": shape.dilation[1],
+        "VECTOR_X": vector_width(element_size, *x_steps) if x_c == 1 else 1,
+        "VECTOR_WEIGHT": vector_width(element_size, *weight_steps) if weight_c == 1 else 1,
+        "VECTOR_Y": vector_width(element_size, shape.group_outputs),
+        "DENSE_RESIDUAL": dense,
+        "WIDE": max(spans) > INT32_ELEMENTS,
+    }
+    return (*x, *weight, *added), flags
 
 
 def conv_call(
@@ -192,14 +221,19 @@ def conv_call(
     return ConvCall(shape, x, weight, vectors, residual, eps, activation, negative_slope, config, precision)
 
 
-def strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides in elements, 0 along dimensions of one element, where torch may report anything."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride()))
+def stepping(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, 0 along dimensions of one element, where torch may report anything."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(sizes, strides))
 
 
-def span(tensor: torch.Tensor) -> int:
+def span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last, through all strides."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides))
+
+
+def ceil_div(size: int, block: int) -> int:
+    # triton.cdiv is a function of kernels too, and takes 3 us of a launch.
+    return -(-size // block)
 
 
 def vector_width(element_size: int, *steps: int) -> int:
@@ -208,8 +242,3 @@ def vector_width(element_size: int, *steps: int) -> int:
     while any(step % width for step in steps):
         width //= 2
     return width
-
-
-def _channels_last_strides(shape: ConvShape) -> tuple[int, ...]:
-    dense = (shape.K * shape.P * shape.Q, 1, shape.K * shape.Q, shape.K)
-    return tuple(s if size > 1 else 0 for size, s in zip((shape.N, shape.K, shape.P, shape.Q), dense))

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastnets.kernels.conv_configs import kernel_configs, representative
-from fastnets.kernels.conv_shape import ConvCall, ConvShape, conv_call
+from fastnets.kernels.conv_shape import ConvCall, ConvShape, ceil_div, conv_call
 from fastnets.kernels.conv_tile import aligned, finish_tile
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
@@ -173,7 +173,7 @@ def tensor_map_conv(call: ConvCall) -> torch.Tensor:
     tap = weight_s if shape.S > 1 else weight_r
     x = _descriptor(call.x, (N, H, W, C), (x_n, x_h, x_w, 1), (*box, BLOCK_K))
     weight = _descriptor(call.weight, (K, shape.taps, C), (weight_k, tap, 1), (BLOCK_N, 1, BLOCK_K))
-    boxes = [triton.cdiv(size, block) for size, block in zip((N, shape.P, shape.Q), box)]
+    boxes = [ceil_div(size, block) for size, block in zip((N, shape.P, shape.Q), box)]
     flags = call.flags(y)
     for name in ("STRIDE_H", "STRIDE_W", "VECTOR_X", "VECTOR_WEIGHT", "PRECISION"):
         del flags[name]
@@ -181,7 +181,7 @@ def tensor_map_conv(call: ConvCall) -> torch.Tensor:
     meta = {name: value for name, value in config.meta.items() if name in ("BLOCK_N", "BLOCK_K", "HALVES")}
     plain = Config(**meta, num_warps=config.num_warps, num_stages=config.num_stages)
     launch(
-        conv_tensor_map_kernel, (triton.cdiv(K, BLOCK_N) * boxes[0] * boxes[1] * boxes[2],),
+        conv_tensor_map_kernel, (ceil_div(K, BLOCK_N) * boxes[0] * boxes[1] * boxes[2],),
         x, weight, y, *call.vectors, call.residual, N, C, K, shape.P, shape.Q,
         *call.strides()[8:], call.eps, call.negative_slope, config=plain,
         reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y,), flops=shape.flops,
@@ -200,7 +200,7 @@ def pixel_box(shape: ConvShape, pixels: int) -> tuple[int, int, int]:
 
     def cost(box: tuple[int, int, int]) -> tuple[int, int]:
         sizes = zip((shape.N, shape.P, shape.Q), box)
-        boxes = [triton.cdiv(size, block) for size, block in sizes]
+        boxes = [ceil_div(size, block) for size, block in sizes]
         return boxes[0] * boxes[1] * boxes[2], box[0] + box[1] + box[2]
 
     return min(candidates, key=cost)
