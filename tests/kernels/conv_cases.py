@@ -27,8 +27,7 @@ ACTIVATIONS = {
 class Case:
     """x [N, C, H, W] under K filters of R × S.
 
-    Layouts: "last", "contiguous", "sliced", "transposed", "expanded"; residual has one, or is None. bn:
-    "full", "no affine" or None.
+    Layouts: those of ``in_layout``; residual has one, or is None. bn: "full", "no affine" or None.
     """
 
     N: int = 2
@@ -56,7 +55,8 @@ class Case:
 
 
 def in_layout(values: torch.Tensor, layout: str) -> torch.Tensor:
-    """The values of a [N, C, H, W] tensor in a layout; "expanded" repeats the first image's."""
+    """The values of a [N, C, H, W] tensor laid out: "last" (channels), "contiguous", "sliced", "misaligned",
+    "transposed", or "expanded", which repeats the first image."""
     if layout == "last":
         return values.to(memory_format=torch.channels_last)
     if layout == "contiguous":
@@ -67,6 +67,11 @@ def in_layout(values: torch.Tensor, layout: str) -> torch.Tensor:
         whole = torch.full((N, H + 2, W + 3, C + 5), float("nan"), dtype=values.dtype)
         view = whole[:, 1 : H + 1, 2 : W + 2, 3 : C + 3].permute(0, 3, 1, 2)
         return view.copy_(values)
+    if layout == "misaligned":
+        # Channels-last, with rows that are a multiple of 16 bytes apart but start 2 or 4 bytes off.
+        N, C, H, W = values.shape
+        whole = torch.full((N, H, W, C + 8), float("nan"), dtype=values.dtype)
+        return whole[..., 1 : C + 1].permute(0, 3, 1, 2).copy_(values)
     if layout == "transposed":
         return values.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     assert layout == "expanded"

@@ -13,7 +13,7 @@ from fastnets.kernels.conv_configs import kernel_configs, kernel_of, table_confi
 from fastnets.kernels.device import DEVICES, assume_device, device_for_capability
 from fastnets.kernels.launch import Config, UnsupportedConfig, observe_launches
 from tests.kernels.conv_cases import ACTIVATIONS, Case, check, check_exact, operands, run, shape_of, stock
-from tests.lanes import STRICT_LANES
+from tests.lanes import LANES, STRICT_LANES
 
 HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = (FULL, HALF, BFLOAT)
@@ -69,6 +69,7 @@ SHAPES = {
         FULL,
         Case(C=36, padding=(1, 1), x="transposed", weight="transposed", residual="transposed"),
     ),
+    "misaligned": (HALF, Case(padding=(1, 1), x="misaligned", residual="misaligned")),
     "expanded": (BFLOAT, Case(padding=(1, 1), x="expanded", residual="expanded")),
     "1x1 of a contiguous image": (HALF, Case(C=32, R=1, S=1, x="contiguous")),
     "1x1 of a sliced image": (BFLOAT, Case(C=32, R=1, S=1, x="sliced")),
@@ -193,31 +194,41 @@ def test_masked_addresses_stay_inside(lane, name, monkeypatch):
     assert (64, 32) in shapes
 
 
-def short(c: Config) -> str:
-    return f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}-warps{c.num_warps}-split{c.SPLIT_K}"
-
-
-def sampled_configs(count):
-    """Every config of ``conv_kernel`` for the emulated devices; all but ``count`` of them marked slow."""
-    pairs = [(cc, c) for cc in (80, 90) for c in table_configs("taps", "16-bit", device_for_capability(cc))]
-    fast = random.Random(3).sample(range(len(pairs)), count)
-    return [
-        pytest.param(f"sm_{cc}", c, id=f"sm_{cc}-{short(c)}", marks=() if i in fast else pytest.mark.slow)
-        for i, (cc, c) in enumerate(pairs)
+def shipped():
+    """Every config of every table, on the emulated devices; all but a few of them marked slow."""
+    listed = [
+        (capability, kernel, products, config)
+        for capability in (80, 90)
+        for kernel in ("taps", "joint")
+        for products in ("16-bit", "tf32", "fma")
+        for config in table_configs(kernel, products, device_for_capability(capability))
     ]
+    fast = random.Random(3).sample(range(len(listed)), 6)
+    for i, (capability, kernel, products, c) in enumerate(listed):
+        tile = f"{c.BLOCK_M}x{c.BLOCK_N}x{c.BLOCK_K}-warps{c.num_warps}-split{c.SPLIT_K}"
+        marks = () if i in fast else pytest.mark.slow
+        yield pytest.param(
+            f"sm_{capability}",
+            kernel,
+            products,
+            c,
+            id=f"{capability}-{kernel}-{products}-{tile}",
+            marks=marks,
+        )
 
 
-@pytest.mark.parametrize("architecture, config", sampled_configs(6))
-def test_shipped_configs_compute_right(architecture, config):
-    from tests.lanes import LANES
-
+@pytest.mark.parametrize("architecture, kernel, products, config", list(shipped()))
+def test_shipped_configs_compute_right(architecture, kernel, products, config):
     lane = LANES[architecture]
     if lane.unavailable():
         pytest.skip(lane.unavailable())
-    # More than one tile each way, with tails; 136 channels leave a tail in every BLOCK_K.
-    for C in (128, 136):
-        case = Case(N=1, C=C, H=13, W=12, K=136, padding=(1, 1), bn=None, residual="last", activation="none")
-        check_exact(lane, conv_bn_act, case, HALF, config=config)
+    if products == "tf32":
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # small integers are exact in it
+    # More than one tile each way, with tails; the second C leaves a tail in every BLOCK_K.
+    K = 72 if products == "fma" else 136
+    for C in {"joint": (3, 24), "taps": (64, 72) if products == "fma" else (128, 136)}[kernel]:
+        case = Case(N=1, C=C, H=13, W=12, K=K, padding=(1, 1), bn=None, residual="last", activation="none")
+        check_exact(lane, conv_bn_act, case, HALF if products == "16-bit" else FULL, config=config)
 
 
 class TestChoice:
