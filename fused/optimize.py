@@ -168,6 +168,7 @@ def _rewrite_network(model: nn.Module, recipe: Recipe, filter_fn: Callable | Non
             recipe,
             restores_outputs=module in network.restores_outputs,
             keep_stock=_paths_of(module, excluded),
+            splits_batches=module is model,
             example=recipe.example if module is model else None,
         )
         install(module, variants, own)

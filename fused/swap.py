@@ -38,15 +38,18 @@ from fastnets.fused.capture import (
 from fastnets.fused.layout import (
     LayoutError,
     hide_layout,
+    is_stock,
     may_observe_layout,
     names_read_by,
     restore_layout_of_all,
 )
+from fastnets.fused.memory import in_chunks
 from fastnets.fused.patterns import Fusion, Left, fuse, is_batch_norm, is_convolution
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"_modules"}
 _GRAPH_HEADER = re.compile(r"^def forward\(", re.MULTILINE)
 _WRAP_STATEMENT = re.compile(r"^torch\.fx\.wrap\(.*\)\n", re.MULTILINE)
+_STRUCTURE = ("_fn_children", "_fn_layers_")  # names of constants that are compared by value
 _serial = itertools.count()
 
 
@@ -58,12 +61,14 @@ class Recipe:
         backend: what the fused calls run on.
         restores_outputs: the caller is not rewritten, so results go out in stock's layout.
         keep_stock: paths, from the container, of layers that are not to be fused.
+        splits_batches: the container is a whole network, whose batches may be split (``fused.memory``).
         example: on the root, shapes of the example inputs given to ``optimize``, for reports.
     """
 
     backend: str = "auto"
     restores_outputs: bool = False
     keep_stock: frozenset[str] = frozenset()
+    splits_batches: bool = False
     example: object = field(default=None, hash=False)
 
 
@@ -87,6 +92,7 @@ class Variant:
     fusions: tuple[Fusion, ...] = ()
     left: tuple[Left, ...] = ()
     changes: int = 0
+    held: list[str] = field(default_factory=list)
 
 
 class Blueprint:
@@ -99,6 +105,7 @@ class Blueprint:
         self.variants: dict[Condition, Variant] = {}
         self.source = ""
         self.hides_layout = True
+        self.scope: dict[str, object] = {}
 
     def __reduce__(self):
         return Blueprint, (self.stock_class, self.recipe)
@@ -152,9 +159,10 @@ def _variant(module: nn.Module, training: bool, inline: Callable | None, kind: t
         captured = capture(module, training=training, inline=inline, input_kind=kind)
     except CaptureError as error:
         return Variant(None, str(error))
+    held = _held(module, captured)
     if kind is list and len([n for n in captured.graph.nodes if n.op == "placeholder"]) != 1:
         return Variant(None, "its forward takes several arguments, not all of them tensors")
-    return Variant(captured)
+    return Variant(captured, held=held)
 
 
 def observes_layout(module: nn.Module) -> bool:
@@ -241,6 +249,11 @@ class _Writer:
             self.namespace["_fn_restore"] = restore_layout_of_all
             inputs = "".join(f", {name}" for name in self.arguments[1:])
             self.stock_call = f"_fn_restore({self.stock_call}{inputs})"
+        for path in sorted({p for v in self.variants.values() for p in v.held}):
+            name = f"_fn_layers_{path.replace('.', '_')}"
+            self.namespace[name] = layers_of(self.module.get_submodule(path))
+            self.namespace["_fn_layers_of"] = layers_of
+            guards.append(f"_fn_layers_of({self._path(path)}) == {name}")
         lines = []
         if guards:
             lines += [f"    if not ({' and '.join(guards)}):", f"        return {self.stock_call}"]
@@ -301,7 +314,7 @@ class _Writer:
 
     def _path(self, path: str) -> str:
         expression = self.arguments[0]
-        for part in path.split("."):
+        for part in path.split(".") if path else ():
             expression = f"{expression}.{part}" if part.isidentifier() else f'getattr({expression}, "{part}")'
         return expression
 
@@ -313,6 +326,24 @@ def _children_name(path: str) -> str:
 def children_of(module: nn.Module) -> tuple:
     """Names and classes of a module's children."""
     return tuple(module._modules), tuple(map(type, module._modules.values()))
+
+
+def layers_of(module: nn.Module) -> tuple:
+    """Names of a module's children, and classes of those that hold no others."""
+    children = module._modules
+    return tuple(children), tuple([None if m is None or m._modules else type(m) for m in children.values()])
+
+
+def _held(module: nn.Module, captured: Captured) -> list[str]:
+    """Paths of the lists and dicts of modules that a graph reaches into ("" for a Sequential's own)."""
+    paths = {}
+    for node in captured.graph.nodes:
+        if node.op == "call_module":
+            parts = node.target.split(".")
+            for i in range(len(parts)):
+                paths[".".join(parts[:i])] = None
+    kinds = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return [p for p in paths if p not in captured.inlined and isinstance(module.get_submodule(p), kinds)]
 
 
 def is_intact(sequential: nn.Module, children: tuple) -> bool:
@@ -432,8 +463,8 @@ def install(module: nn.Module, variants: dict[Condition, Variant], recipe: Recip
             if writer.namespace.setdefault(name, value) is not value:
                 return False
     key = (stock, source, recipe, tuple((n, id(v)) for n, v in sorted(writer.namespace.items())
-                                        if not n.startswith("_fn_children")),
-           tuple(v for n, v in sorted(writer.namespace.items()) if n.startswith("_fn_children")))  # fmt: skip
+                                        if not n.startswith(_STRUCTURE)),
+           tuple(v for n, v in sorted(writer.namespace.items()) if n.startswith(_STRUCTURE)))  # fmt: skip
     cls = _classes.get(key)
     if cls is None:
         cls = _generate(stock, source, writer.namespace, variants, recipe)
@@ -466,6 +497,9 @@ def _generate(
     blueprint = Blueprint(stock, recipe)
     blueprint.variants, blueprint.source = variants, source
     blueprint.hides_layout = hides_layout(stock, variants)
+    blueprint.scope = scope
+    if recipe.splits_batches:
+        forward = in_chunks(forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls))
     attributes = {
         "forward": forward,
         "_fastnets": blueprint,
@@ -549,7 +583,7 @@ def variants_in_force(module: nn.Module) -> list[Variant]:
 
 
 def _goes_through(module: nn.Module, blueprint: Blueprint, captured: Captured) -> bool:
-    scope = blueprint.generated.forward.__globals__
     return all(
-        is_intact(module.get_submodule(path), scope[_children_name(path)]) for path in captured.inlined
+        is_intact(module.get_submodule(path), blueprint.scope[_children_name(path)])
+        for path in captured.inlined
     ) and all(passes_through(module.get_submodule(path), evaluating=True) for path in captured.bypassed)
