@@ -93,6 +93,8 @@ def _onnxruntime(model: nn.Module, x: torch.Tensor) -> Prepared:
     program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its idle threads would otherwise spin into the time of the variant that is next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -138,4 +140,5 @@ def default_variants(device: torch.device | str) -> list[str]:
     names = [BASELINE, "channels-last", "folded", "compile"]
     if torch.device(device).type == "cuda":
         return [*names, "compile-graphs", "fastnets", "fastnets-library", "fastnets-triton"]
-    return [*names, "fastnets"]
+    others = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name) is not None]
+    return [*names, *others, "fastnets"]

@@ -161,6 +161,12 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     return facts
 
 
+def is_busy(facts: dict[str, Any]) -> bool:
+    """Whether other processes were taking a good part of the CPUs when the facts were gathered."""
+    load, cores = facts["load_average"], facts["cores"]
+    return load is not None and cores is not None and load > 0.5 * cores
+
+
 def summary(facts: dict[str, Any]) -> list[str]:
     """The environment block as a few lines of text."""
     device = facts.get("device_name") or f"{facts['cpu']} ({facts['cpu_capability']})"

@@ -292,8 +292,11 @@ def bench(
         )
         for name in models
     ]
-    for line in environment.summary(environment.describe(place)):
+    facts = environment.describe(place)
+    for line in environment.summary(facts):
         output.print(line, highlight=False, soft_wrap=True)
+    if environment.is_busy(facts):
+        messages.print(f"fastnets: the machine is busy (load {facts['load_average']}); figures will scatter")
     with _progress() as tell:
         run = suite.run(
             builders, settings, tell=tell, finished=lambda result: report.print_table(result, output)

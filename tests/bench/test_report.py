@@ -164,6 +164,13 @@ def test_environment_block_names_device_versions_threads_and_allocator():
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("load", "cores", "busy"), [(0.1, 2, False), (1.5, 2, True), (1.5, 16, False), (None, 2, False)]
+)
+def test_a_busy_machine_is_noticed(load, cores, busy):
+    assert environment.is_busy({"load_average": load, "cores": cores}) is busy
+
+
 def test_allocator_is_told_from_the_environment(monkeypatch):
     for name in list(environment.ALLOCATORS["keep-pages"]) + ["THP_MEM_ALLOC_ENABLE", "LD_PRELOAD"]:
         monkeypatch.delenv(name, raising=False)
