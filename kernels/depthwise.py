@@ -76,7 +76,7 @@ def depthwise_conv_kernel(
     p_tiles,
     pad_h,
     pad_w,
-    # Strides: those of channels in elements, the others of x and residual in units of their VEC.
+    # Strides: those of channels in elements, the others in units of the tensor's VEC.
     x_n,
     x_c,
     x_h,
@@ -99,9 +99,10 @@ def depthwise_conv_kernel(
     DILATION_W: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     UNROLL_ROWS: tl.constexpr,
-    # Elements per access: VEC divides K; X_VEC and R_VEC divide the strides of x and residual.
+    # Elements per access: VEC divides K; X_VEC, W_VEC and R_VEC divide the strides of x, weight and residual.
     VEC: tl.constexpr,
     X_VEC: tl.constexpr,
+    W_VEC: tl.constexpr,
     R_VEC: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -143,7 +144,7 @@ def depthwise_conv_kernel(
             w_mask = m_mask & (w >= 0) & (w < W)
             taps = ()
             for r in tl.static_range(R):
-                tap = tl.load(filters + (r * w_r + s * w_s), mask=k_mask, other=0.0)
+                tap = tl.load(filters + (r * w_r + s * w_s) * W_VEC, mask=k_mask, other=0.0)
                 taps = taps + (tap.to(tl.float32)[None, :],)
             for row in tl.static_range((BLOCK_P - 1) * STRIDE_H + (R - 1) * DILATION_H + 1):
                 if is_used(row, BLOCK_P, STRIDE_H, DILATION_H, R):
@@ -163,7 +164,9 @@ def depthwise_conv_kernel(
         for rs in range(R * S):
             r = rs // S
             s = rs % S
-            tap = tl.load(filters + (r * w_r + s * w_s), mask=k_mask, other=0.0).to(tl.float32)[None, :]
+            tap = tl.load(filters + (r * w_r + s * w_s) * W_VEC, mask=k_mask, other=0.0).to(tl.float32)[
+                None, :
+            ]
             w = w0 + s * DILATION_W
             added = ()
             for p in tl.static_range(BLOCK_P):
@@ -261,6 +264,9 @@ def _plan(
     block_p = config.BLOCK_P
     if block_p > 1 and not unroll:
         raise UnsupportedConfig(f"{_WHO}: {R} filter rows need BLOCK_P=1, not {block_p}")
+    if R > 5 and unroll and config.maxnreg is None:
+        # For sm_80, ptxas would rather spill than give up the third block of a multiprocessor.
+        config = config.replace(maxnreg=255)
     columns = N * tiles(P, block_p) * Q
     vec = _power_of_two_divisor(16 // itemsize, K)
     x_units, x_vec = _in_units(x_shape, x_strides, vec if K == C else 1)
@@ -268,14 +274,15 @@ def _plan(
     if residual_strides is not None:
         residual_units, residual_vec = _in_units(output, residual_strides, vec)
     extent = max(N * K * P * Q, _extent(x_shape, x_strides), _extent(output, residual_strides or (0,) * 4))
-    w_k, _, w_r, w_s = weight_strides
+    w_k, _, w_r, w_s = (stride if size > 1 else 0 for size, stride in zip(weight_shape, weight_strides))
+    w_vec = _power_of_two_divisor(vec, w_r, w_s) if w_k == 1 else 1
     return Plan(
         output,
         grid=(tiles(columns, config.BLOCK_M) * tiles(K, config.BLOCK_K),),
         config=config,
         sizes_and_strides=(
             *(columns, K // vec, H, W, P, Q, tiles(P, block_p), *padding),
-            *(*x_units, w_k, w_r, w_s, *residual_units),
+            *(*x_units, w_k, w_r // w_vec, w_s // w_vec, *residual_units),
         ),
         constexprs={
             "R": R,
@@ -288,6 +295,7 @@ def _plan(
             "UNROLL_ROWS": unroll,
             "VEC": vec,
             "X_VEC": x_vec,
+            "W_VEC": w_vec,
             "R_VEC": residual_vec,
             # Columns overhang the image by a tile and a halo.
             "WIDE_OFFSETS": 2 * extent >= 2**31,
@@ -466,6 +474,7 @@ def representative_calls() -> list[RepresentativeCall]:
         ("5x5 fp16 hardswish", call(240, 14, 5, half, activation="hardswish")),
         ("5x5 stride 2 fp32 silu", call(240, 28, 5, full, stride=2, activation="silu")),
         ("7x7 bf16", call(192, 28, 7, bf16, activation="none")),
+        ("7x7 stride 2 fp32 gelu", call(96, 28, 7, full, stride=2, activation="gelu")),
         ("3x3 multiplier 2 fp16", call(32, 28, 3, half, multiplier=2)),
         ("11x11 fp16", call(96, 14, 11, half)),
     ]

@@ -60,6 +60,27 @@ def test_depthwise_reuses_input_rows(capability):
     assert not facts.code.matrix_ops
 
 
+def test_depthwise_reads_packed_weights_as_vectors():
+    def thunk(config):
+        x = torch.empty(32, 56, 56, 64, dtype=torch.float16, device="meta").permute(0, 3, 1, 2)
+        weight = torch.empty(3, 3, 1, 64, dtype=torch.float16, device="meta").permute(3, 2, 0, 1)
+        depthwise.depthwise_conv_bn_act(x, weight, padding=(1, 1), config=config)
+
+    (facts,) = static.inspect_call(thunk, depthwise._config(64, 4), capability=80)
+    assert facts.good
+    # A filter column: 6 input rows and 3 taps, nothing narrower.
+    assert facts.code.loop.global_loads == {128: 9}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_tallest_unrolled_filter_does_not_spill(capability):
+    for name in ("7x7 bf16", "7x7 stride 2 fp32 gelu"):
+        (facts,) = static.inspect_call(
+            call_of(depthwise, name).thunk, depthwise._config(64, 4), capability=capability
+        )
+        assert facts.good, facts
+
+
 @triton.jit
 def _matmul(a, b, c, K, N: tl.constexpr, BLOCK: tl.constexpr):
     m, n, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, 64)
