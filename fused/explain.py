@@ -16,7 +16,7 @@ from fastnets.fused.capture import CaptureError, capture, has_hooks
 from fastnets.fused.layout import is_stock
 from fastnets.fused.optimize import restore
 from fastnets.fused.patterns import Fusion, Left, is_batch_norm, is_convolution
-from fastnets.fused.swap import Rewritten, Variant, is_sequential, variants_in_force
+from fastnets.fused.swap import Rewritten, blueprint_of, is_sequential, variants_in_force
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _LAYERS = (*_CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, nn.Linear)
@@ -197,7 +197,8 @@ class _Rows:
         if conv_layer is not None and type(conv_layer) is not nn.Conv2d:
             return f"{fusion.conv} is parametrized ({type(conv_layer).__name__})"
         if conv_layer is not None and type(conv_layer._parameters.get("weight")) is not nn.Parameter:
-            return f"{fusion.conv}'s weight is not a plain parameter"
+            kind = type(conv_layer._parameters.get("weight")).__name__
+            return f"{fusion.conv}'s weight is a {kind} now; fused where a forward finds a plain parameter"
         return ""
 
     def _implementation(self, path: str, fusion: Fusion, layers, backend: str) -> str:
@@ -246,10 +247,9 @@ class _Rows:
         container_path, container = self._container_of(path)
         if container is None:
             return "it is the whole network"
+        if self._kept_stock(path):
+            return "kept stock by filter_fn"
         if isinstance(container, Rewritten):
-            own_path = path[len(container_path) + 1 :] if container_path else path
-            if own_path in container._fastnets.recipe.keep_stock:
-                return "kept stock by filter_fn"
             failed = [v.reason for v in container._fastnets.variants.values() if v.captured is None]
             if not variants_in_force(container):
                 return f"{container_path or 'the root'} cannot be captured: {failed[0]}"
@@ -260,6 +260,16 @@ class _Rows:
         if is_batch_norm(layer):
             return "nothing stands before or after it that it could fuse with"
         return "its container does not call it as a layer"
+
+    def _kept_stock(self, path: str) -> bool:
+        above = path
+        while above:
+            above = above.rpartition(".")[0]
+            blueprint = blueprint_of(type(self.model.get_submodule(above)))
+            own_path = path[len(above) + 1 :] if above else path
+            if blueprint is not None and own_path in blueprint.recipe.keep_stock:
+                return True
+        return False
 
     def _container_of(self, path: str) -> tuple[str, nn.Module | None]:
         """The nearest module above ``path`` that is more than a list of modules."""

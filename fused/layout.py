@@ -144,9 +144,13 @@ def _is_view(node: fx.Node) -> bool:
 # --- what classes that are not rewritten may look at ----------------------------------------------------------
 
 
-def is_stock(cls: type[nn.Module]) -> bool:
-    """Whether the class comes with PyTorch. Those accept every layout."""
-    return cls.__module__.split(".")[0] == "torch"
+@functools.lru_cache(maxsize=4096)
+def is_stock(cls: type) -> bool:
+    """Whether the class comes with PyTorch, all its bases, too. Those accept every layout.
+
+    PyTorch itself derives classes from a user's, for FSDP and for parametrizations: these are not stock.
+    """
+    return all(base.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc") for base in cls.__mro__)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -156,7 +160,7 @@ def names_read_by(cls: type[nn.Module]) -> frozenset[str]:
     seen: set[types.CodeType] = set()
     for base in cls.__mro__:
         if is_stock(base):
-            break
+            continue
         for member in vars(base).values():
             for function in _functions_of(member):
                 _collect_names(function, names, seen, _CALL_DEPTH)

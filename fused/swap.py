@@ -385,15 +385,15 @@ class Rewritten:
         if name in _MODULE_INTERNALS or name == "__class__" or isinstance(value, Tensor):
             super().__setattr__(name, value)
             return
-        before = self.__dict__.get("_modules", {}).get(name)
+        modules = self.__dict__.get("_modules", {})
+        known = name in modules or name in names_read_by(self._fastnets.stock_class)
+        before = modules.get(name)
         old = self.__dict__.get(name)
         super().__setattr__(name, value)
         if isinstance(value, nn.Module) or before is not None:
-            stale = _role(before) != _role(value)
+            stale = known and _role(before) != _role(value)
         else:
-            stale = name == "_modules" or (
-                old is not value and name in names_read_by(self._fastnets.stock_class)
-            )
+            stale = name == "_modules" or (known and old is not value)
         if stale:
             rewrite_again(self)
 
