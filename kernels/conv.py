@@ -321,23 +321,19 @@ def configs(device: Device) -> list[Config]:
 
 def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors that reach every branch of this file's kernels: see ``kernels``."""
-    half, full = torch.bfloat16, torch.float32
-    same = {"padding": 1, "residual": True}
+    half, full, contiguous = torch.bfloat16, torch.float32, torch.contiguous_format
+    layer = {"x": (8, 64, 28, 28), "filters": (64, 3, 3), "padding": 1}
+    same = {**layer, "residual": True}
     call = functools.partial(representative, run=taps_conv)
     return [
-        call("3x3", x=(8, 64, 28, 28), filters=(64, 3, 3), **same),
-        call("3x3, bf16, gelu", x=(8, 64, 28, 28), filters=(64, 3, 3), dtype=half, activation="gelu", **same),
+        call("3x3", **same),
+        call("3x3, bf16, gelu", **same, dtype=half, activation="gelu"),
+        call("3x3, fp32", **same, dtype=full),
+        call("3x3, TF32", **same, dtype=full, precision="tf32"),
+        call("3x3, contiguous", **same, memory_format=contiguous),
+        call("3x3, contiguous residual", **same, activation="gelu", residual_format=contiguous),
+        call("3x3, past 2^31 elements", **{**same, "x": (4096, 64, 112, 112)}),
         call("3x3, stride 2, odd C and K", x=(8, 72, 28, 28), filters=(40, 3, 3), padding=1, stride=2),
-        call(
-            "3x3, contiguous",
-            x=(8, 64, 28, 28),
-            filters=(64, 3, 3),
-            memory_format=torch.contiguous_format,
-            **same,
-        ),
-        call("3x3, past 2^31 elements", x=(4096, 64, 112, 112), filters=(64, 3, 3), **same),
-        call("3x3, fp32", x=(8, 64, 28, 28), filters=(64, 3, 3), dtype=full, **same),
-        call("3x3, TF32", x=(8, 64, 28, 28), filters=(64, 3, 3), dtype=full, precision="tf32", **same),
         call("1x1", x=(8, 64, 28, 28), filters=(256, 1, 1), residual=True),
         call("1x1, stride 2", x=(8, 64, 28, 28), filters=(128, 1, 1), stride=2),
         call("7x7 over many channels", x=(8, 64, 28, 28), filters=(64, 7, 7), padding=3),

@@ -139,18 +139,18 @@ def kernel_configs(kernel: str, device: Device) -> list[Config]:
     return list(dict.fromkeys(config for table in tables for config in table))
 
 
-def suits(config: Config, kernel: str, vectors: bool, wide: bool) -> bool:
+def suits(config: Config, kernel: str, vectors: bool, crowded: bool) -> bool:
     """Whether a config leaves registers for the addresses of a call.
 
     vectors: operands load several elements at a time, and not one by one, each from an address of its own.
-    wide: addresses take 64 bits.
+    crowded: addresses take 64 bits, or the residual's are scattered.
     """
     if kernel == "joint":
         return vectors or config.BLOCK_M <= 64
     threads = 32 * config.num_warps
     if not vectors and (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K > 32 * threads:
         return False
-    return not wide or config.BLOCK_M * config.BLOCK_N <= 64 * threads
+    return not crowded or config.BLOCK_M * config.BLOCK_N <= 64 * threads
 
 
 def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
@@ -159,11 +159,14 @@ def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
         return call.config
     device = current_device(call.x)
     size = call.x.element_size()
-    return choose_config(call.shape, size, call.precision, device, loads_vectors(flags), flags["WIDE"])
+    return choose_config(call.shape, size, call.precision, device, *addressing(call, flags))
 
 
-def loads_vectors(flags: dict[str, object]) -> bool:
-    return flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
+def addressing(call: ConvCall, flags: dict[str, object]) -> tuple[bool, bool]:
+    """What ``suits`` asks of a call: (vectors, crowded)."""
+    vectors = flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
+    scattered = call.residual is not None and not flags["DENSE_RESIDUAL"]
+    return vectors, flags["WIDE"] or scattered
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,16 +176,16 @@ def choose_config(
     precision: str,
     device: Device,
     vectors: bool = True,
-    wide: bool = False,
+    crowded: bool = False,
 ) -> Config:
     """The config with the least predicted time among those that suit the call.
 
-    element_size: bytes per element of x. precision: "ieee" or "tf32", of fp32 products. vectors, wide: see
+    element_size: bytes per element of x. precision: "ieee" or "tf32", of fp32 products. vectors, crowded: see
     ``suits``.
     """
     kernel = kernel_of(shape)
     candidates = table_configs(kernel, products_of(element_size, precision, device), device)
-    candidates = [c for c in candidates if suits(c, kernel, vectors, wide)]
+    candidates = [c for c in candidates if suits(c, kernel, vectors, crowded)]
     # Filters of several taps keep to 4 warps as long as nothing was measured: convolution loops in wider
     # blocks have been miscompiled (pytorch#173068), and no lane without a GPU runs the machine code itself.
     careful = [c for c in candidates if shape.taps == 1 or c.num_warps <= 4]
@@ -259,6 +262,7 @@ def representative(
     dtype: torch.dtype = torch.float16,
     precision: str = "ieee",
     memory_format: torch.memory_format = torch.channels_last,
+    residual_format: torch.memory_format = torch.channels_last,
     kernel: str | None = None,
 ) -> RepresentativeCall:
     """A call with BN on meta tensors, x [N, C, H, W] under filters (K, R, S), for ``representative_calls``.
@@ -275,7 +279,7 @@ def representative(
         image, weight = tensor(*x), tensor(K, x[1] // groups, R, S)
         vectors = (None, *(torch.empty(K, device="meta") for _ in range(4)))
         P, Q = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x[2], R), (x[3], S)))
-        added = tensor(x[0], K, P, Q) if residual else None
+        added = tensor(x[0], K, P, Q).to(memory_format=residual_format) if residual else None
         pair = ((stride, stride), (padding, padding), (1, 1))
         call = conv_call(image, weight, vectors, added, *pair, groups, 1e-5, activation, 0.01, config)
         call = dataclasses.replace(call, precision=precision)
@@ -285,7 +289,7 @@ def representative(
         flags = call.flags()
         if config is not None and not (
             config in table_configs(table, products, device)
-            and suits(config, table, loads_vectors(flags), flags["WIDE"])
+            and suits(config, table, *addressing(call, flags))
         ):
             raise UnsupportedConfig(f"{name}: {config} is never chosen for such a call")
         return run(call)

@@ -10,7 +10,8 @@ per group would be worse. So PACK neighbouring groups make one product with a bl
 
 A is a plain run of channels, as wide as a dense convolution's, and the input is read once. The zeros cost
 PACK times the multiply-adds; tensor cores have those to spare, as these layers wait for memory. One tap is
-one block: the loop has R·S steps.
+one block: the loop has R·S steps. The one difference to a convolution group by group: where an input is not
+finite, 0 · NaN makes NaN of its neighbour groups' outputs in the tile too.
 """
 
 from __future__ import annotations
