@@ -120,31 +120,35 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _backend(name: str) -> str:
-    from fastnets.fused.dispatch import validate_backend
-
-    return validate_backend(name, "--backend")
-
-
 def _dtype(precision: Precision) -> torch.dtype:
     import torch
 
     return getattr(torch, _SHORT.get(precision.value, precision.value))
 
 
-def _prepare(
-    network: Network,
+def _side_by_side(
+    model: str,
+    device: str | None,
+    dtype: Precision,
+    backend: str,
+    *,
     batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
     channels_last: bool,
-    seed: int,
-) -> tuple[torch.nn.Module, torch.Tensor]:
-    from fastnets.bench.baselines import lay_out
+    **how: Any,
+) -> tuple[Network, torch.nn.Module, torch.nn.Module, torch.Tensor]:
+    """The network, its stock and its fused form, and a batch for them; ``how`` goes to ``networks.load``."""
+    import fastnets
+    from fastnets.bench import baselines, networks
+    from fastnets.fused.dispatch import validate_backend
 
-    model = network.model.to(device=device, dtype=dtype)
-    x = network.inputs(batch_size, dtype=dtype, device=device, seed=seed)
-    return lay_out(model, x) if channels_last else (model, x)
+    place = _device(device)
+    validate_backend(backend, "--backend")
+    network = networks.load(model, **how)
+    stock = network.model.to(device=place, dtype=_dtype(dtype))
+    x = network.inputs(batch_size, dtype=_dtype(dtype), device=place, seed=how["seed"])
+    if channels_last:
+        stock, x = baselines.lay_out(stock, x)
+    return network, stock, fastnets.optimize(stock, backend=backend), x
 
 
 @app.command("list")
@@ -179,15 +183,24 @@ def explain(
 ) -> None:
     """Show for each layer what replaces it and which implementation runs, or why it stays stock."""
     import fastnets
-    from fastnets.bench import networks
 
-    place, backend = _device(device), _backend(backend)
-    network = networks.load(
-        model, num_classes=num_classes, weights=weights, pretrained=pretrained, img_size=img_size, seed=seed
+    network, _, fused, x = _side_by_side(
+        model,
+        device,
+        dtype,
+        backend,
+        batch_size=batch_size,
+        channels_last=channels_last,
+        num_classes=num_classes,
+        weights=weights,
+        pretrained=pretrained,
+        img_size=img_size,
+        seed=seed,
     )
-    stock, x = _prepare(network, batch_size, place, _dtype(dtype), channels_last, seed)
-    output.print(f"{network.name} on {place}, input {'×'.join(map(str, x.shape))} {x.dtype}", highlight=False)
-    print(fastnets.explain(fastnets.optimize(stock, backend=backend), (x,)))
+    output.print(
+        f"{network.name} on {x.device}, input {'×'.join(map(str, x.shape))} {x.dtype}", highlight=False
+    )
+    print(fastnets.explain(fused, (x,)))
 
 
 @app.command()
@@ -207,16 +220,23 @@ def check(
 ) -> None:
     """Compare stock and fused answers, both against float64. Exit code 1 where they are too far off."""
     import fastnets
-    from fastnets.bench import networks
 
-    place, backend = _device(device), _backend(backend)
-    network = networks.load(
-        model, num_classes=num_classes, weights=weights, pretrained=pretrained, img_size=img_size, seed=seed
+    network, stock, fused, x = _side_by_side(
+        model,
+        device,
+        dtype,
+        backend,
+        batch_size=batch_size,
+        channels_last=channels_last,
+        num_classes=num_classes,
+        weights=weights,
+        pretrained=pretrained,
+        img_size=img_size,
+        seed=seed,
     )
-    stock, x = _prepare(network, batch_size, place, _dtype(dtype), channels_last, seed)
-    output.print(f"{network.name} on {place}, weights: {network.weights}", highlight=False)
+    output.print(f"{network.name} on {x.device}, weights: {network.weights}", highlight=False)
     with messages.status("comparing with float64"):
-        report = fastnets.check(stock, fastnets.optimize(stock, backend=backend), (x,))
+        report = fastnets.check(stock, fused, (x,))
     print(report)
     if not report.ok:
         raise typer.Exit(1)
