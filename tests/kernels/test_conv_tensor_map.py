@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastnets.kernels.conv_tensor_map import configs, conv_bn_act, pixel_box
 from fastnets.kernels.device import DEVICES, assume_device
@@ -27,25 +28,36 @@ def hopper():
         yield
 
 
+def skip_where_unreadable(lane):
+    if lane.name.startswith("sm_") and not hasattr(TensorDescriptor, "round_f32_to_tf32"):
+        pytest.skip(f"lane {lane.name}: the emulator reads descriptors as Triton 3.8 makes them")
+
+
+@pytest.fixture
+def tma_lane(lane):
+    skip_where_unreadable(lane)
+    return lane
+
+
 @pytest.mark.lanes("interpreter", "sm_90", "gpu")
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes(lane, name):
+def test_shapes(tma_lane, name):
     dtype, case = SHAPES[name]
-    check(lane, conv_bn_act, case, dtype)
+    check(tma_lane, conv_bn_act, case, dtype)
 
 
 @pytest.mark.lanes("interpreter", "sm_90", "gpu")
-def test_padding_is_zero_and_not_a_neighbour(lane):
+def test_padding_is_zero_and_not_a_neighbour(tma_lane):
     # Images of a view whose surroundings are NaN: a box that read past the edges would show it.
     case = Case(N=2, C=16, H=5, W=5, K=16, padding=(2, 2), bn=None)
     tensors = operands(case, HALF)
     whole = torch.full((2, 9, 9, 16), float("nan"), dtype=HALF)
     view = whole[:, 2:7, 2:7].permute(0, 3, 1, 2)
     tensors["x"] = view.copy_(tensors["x"])
-    with lane:
-        y = conv_bn_act(*(lane.put(tensors[n]) for n in ("x", "weight")), padding=(2, 2))
+    with tma_lane:
+        y = conv_bn_act(*(tma_lane.put(tensors[n]) for n in ("x", "weight")), padding=(2, 2))
     assert torch.isfinite(y).all()
-    check_exact(lane, conv_bn_act, case, HALF)
+    check_exact(tma_lane, conv_bn_act, case, HALF)
 
 
 @pytest.mark.slow
@@ -54,6 +66,7 @@ def test_shipped_configs_compute_right(index):
     lane = LANES["sm_90"]
     if lane.unavailable():
         pytest.skip(lane.unavailable())
+    skip_where_unreadable(lane)
     config = configs(DEVICES["h100"])[index]
     for C in (128, 136):
         case = Case(N=1, C=C, H=13, W=12, K=136, padding=(1, 1), bn=None, residual="last", activation="none")
