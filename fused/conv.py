@@ -178,9 +178,12 @@ def _body(
     x, weight, bias, mean, var, bn_weight, bn_bias, residual,
     stride, padding, dilation, groups, eps, activation, negative_slope, backend,
 ):  # fmt: skip
+    # All batches share what is prepared, except one image (PyTorch may prefer other algorithms) and none.
+    batch = min(len(x), 2) if x.dim() else 0
+    added = residual is not None and (residual.shape[1:], residual.dtype, len(residual) == len(x))
     key = (
-        x.shape, x.dtype, x.device, residual is None, *stride, *padding, *dilation, groups, eps, activation,
-        negative_slope, dispatch.requested(backend), torch._C._get_mkldnn_enabled(),
+        batch, x.shape[1:], x.dtype, x.device, added, *stride, *padding, *dilation, groups,
+        eps, activation, negative_slope, dispatch.requested(backend), torch._C._get_mkldnn_enabled(),
         x.is_meta and dispatch.device_type_of(x),
     )  # fmt: skip
     prepared = packing.lookup(weight, key, (bias, mean, var, bn_weight, bn_bias))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -53,6 +54,11 @@ class _Witness(TorchDispatchMode):
         self.batch = batch
         self.samplewise = True
         self.bytes_per_sample = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler to keep it away from a mode: two seconds and 70 MiB."""
+        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -111,9 +117,8 @@ def in_chunks(forward: Callable, knows: Callable[[type], bool]) -> Callable:
                 return forward(self, x)
             with _Witness(len(x)) as witness:
                 y = forward(self, x)
-            whole = isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x)
-            fits = max(1, _BYTES // max(1, witness.bytes_per_sample))
-            sizes[key] = fits if whole and witness.samplewise else len(x) << 32
+            samplewise = witness.samplewise and isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x)
+            sizes[key] = max(1, _BYTES // max(1, witness.bytes_per_sample)) if samplewise else sys.maxsize
             return y
         if size >= len(x) or any(m.training or has_hooks(m) for m in modules[1:]):
             return forward(self, x)

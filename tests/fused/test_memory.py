@@ -56,7 +56,7 @@ def test_large_batches_are_split_and_answers_stay(small_budget, name):
     x = torch.randn(3, 3, 64, 64)
     fast = fastnets.optimize(stock)
     with torch.no_grad():
-        fast(x)  # the first forward is watched, whole
+        fast(x)  # is watched, whole
         sizes, y = batches_seen(fast, x)
         assert set(sizes) == {1}
         reference64 = stock.double()(x.double())
