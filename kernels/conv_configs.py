@@ -81,6 +81,15 @@ _TABLES = {
     ),
 }
 
+# Tiles of the "fma" tables that spill on one architecture or another: (kernel, capability) -> BLOCK_M, BLOCK_N.
+_SPILLING = {
+    ("taps", 75): (32, 64),
+    ("joint", 100): (64, 32),
+    ("joint", 103): (64, 32),
+    ("packed", 100): (64, 32),
+    ("packed", 103): (64, 32),
+}
+
 
 def kernel_of(shape: ConvShape) -> str:
     """The kernel that serves a shape: "taps", "joint", "packed" or "depthwise"."""
@@ -111,6 +120,8 @@ def table_configs(kernel: str, products: str, device: Device) -> tuple[Config, .
     for BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, splits in _TABLES[kernel, products]:
         element_size = 2 if products == "16-bit" else 4
         if num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * element_size > device.shared_memory_per_block:
+            continue
+        if products == "fma" and _SPILLING.get((kernel, device.capability)) == (BLOCK_M, BLOCK_N):
             continue
         accumulators = BLOCK_M * BLOCK_N // (32 * num_warps)
         if accumulators >= 128 and device.capability in (100, 103):
