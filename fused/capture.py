@@ -1,10 +1,10 @@
 """Capturing the forward of one container as an fx graph, with its children as calls.
 
-A graph stands for the forward only under stated conditions: the container's ``training`` flag, arguments that
-have defaults left at them, inputs that are tensors (or one list of them) where the forward asks. Everything
-that a graph cannot express (control flow on values, state written by the forward, random numbers drawn in
-Python, tensors made on the spot, grad or autocast modes switched inside, autograd functions) makes the capture
-fail with a reason, and the container stays stock.
+A graph stands for the forward only under stated conditions: the container's ``training`` flag, arguments
+that have defaults left at them, inputs that are tensors (or one list of them) where the forward asks.
+Everything that a graph cannot express (control flow on values, state written by the forward, random numbers
+drawn in Python, tensors made on the spot, grad or autocast modes switched inside, autograd functions) makes
+the capture fail with a reason, and the container stays stock.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def capture(
 
 
 def required_arguments(forward: Callable) -> list[str]:
-    """Names of the arguments (after ``self``) that a call must give. Raises CaptureError for keyword-only ones."""
+    """Names of the arguments after ``self`` that a call must give. CaptureError where one is keyword-only."""
     names = []
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.default is not parameter.empty or parameter.kind in (
@@ -270,9 +270,9 @@ class _Tracer(fx.Tracer):
             and not hasattr(a, "_fields")
         ):
             raise CaptureError(f"its forward builds a {type(a).__name__}")
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            if not any(a is buffer for buffer in self.root.buffers()):
-                raise CaptureError("its forward uses a tensor that is neither parameter nor buffer")
+        own = isinstance(a, nn.Parameter) or not isinstance(a, Tensor)
+        if not own and not any(a is buffer for buffer in self.root.buffers()):
+            raise CaptureError("its forward uses a tensor that is neither parameter nor buffer")
         if isinstance(a, types.FunctionType):
             raise CaptureError("its forward passes a function on")
         return super().create_arg(a)

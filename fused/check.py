@@ -46,11 +46,14 @@ class CheckReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{'ok' if self.ok else 'NOT OK'}: error ratio {self.error_ratio:.3g} (allowed {ALLOWED_RATIO:g}); "
-            f"relative error against float64: stock {self.stock_error:.2e}, fast {self.fast_error:.2e}"
+            f"{'ok' if self.ok else 'NOT OK'}: error ratio {self.error_ratio:.3g} "
+            f"(allowed {ALLOWED_RATIO:g}); relative error "
+            f"against float64: stock {self.stock_error:.2e}, fast {self.fast_error:.2e}"
         ]
         if self.top1_agreement is not None:
-            lines.append(f"top-1 equal where stock's margin is above {CLEAR_MARGIN}: {self.top1_agreement:.1%}")
+            lines.append(
+                f"top-1 equal where stock's margin is above {CLEAR_MARGIN}: {self.top1_agreement:.1%}"
+            )
         return "\n".join([*lines, *(f"problem: {p}" for p in self.problems)])
 
 
@@ -58,7 +61,7 @@ def check(stock: nn.Module, fast: nn.Module | Callable, example_inputs: object) 
     """Run stock, fast and a float64 copy of stock on the same inputs, and compare.
 
     Args:
-        stock: the network as it was. Where ``fast`` is a module of another dtype, stock is judged in that one.
+        stock: the network as it was. Where ``fast`` is a module of another dtype, stock is judged in that.
         fast: the network to judge, or any callable that takes the inputs and returns what stock returns.
         example_inputs: a tensor, or a tuple of positional arguments. They may hold nests of tensors.
 
@@ -133,7 +136,9 @@ def _compare(stock: object, fast: object, exact: object) -> CheckReport:
             continue
         finite = torch.isfinite(s) & torch.isfinite(e)
         if not torch.equal(_special(s), _special(f)):
-            report.problems.append(f"{where} has NaN or infinities where stock has none, or the other way round")
+            report.problems.append(
+                f"{where} has NaN or infinities where stock has none, or the other way round"
+            )
             finite &= torch.isfinite(f)
         s64, f64, e64 = (t.detach().double()[finite].cpu() for t in (s, f, e))
         squares += torch.stack([(s64 - e64).square().sum(), (f64 - e64).square().sum(), e64.square().sum()])
@@ -166,4 +171,6 @@ def _compare_top1(report: CheckReport, stock: Tensor, fast: Tensor, where: str) 
     share = float(equal.double().mean()) if len(equal) else 1.0
     report.top1_agreement = share if report.top1_agreement is None else min(share, report.top1_agreement)
     if share < 1:
-        report.problems.append(f"{where}: top-1 differs from stock in {int((~equal).sum())} of {len(equal)} clear rows")
+        report.problems.append(
+            f"{where}: top-1 differs from stock in {int((~equal).sum())} of {len(equal)} clear rows"
+        )

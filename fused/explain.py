@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastnets.fused import batch_norm, conv, dispatch
-from fastnets.fused.activation import recognise
 from fastnets.fused.capture import CaptureError, capture, has_hooks
 from fastnets.fused.layout import is_stock
 from fastnets.fused.optimize import restore
@@ -89,8 +87,9 @@ class Report:
         counted = [row for row in self.rows if row.counts]
         convs = [row for row in counted if row.kind.startswith("conv")]
         text = (
-            f"convolutions fused: {sum(r.fused for r in convs)} of {len(convs)}; convolutions with what follows "
-            f"them: {self.coverage_by['layers']:.1%} of {sum(r.layers for r in counted)} operations"
+            f"convolutions fused: {sum(r.fused for r in convs)} of {len(convs)}; "
+            f"convolutions with what follows them: {self.coverage_by['layers']:.1%} of "
+            f"{sum(r.layers for r in counted)} operations"
         )
         if "flops" in self.coverage_by:
             text += f"\nin fused layers: {self.coverage_by['flops']:.2%} of the FLOPs, "
@@ -115,9 +114,13 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
     shapes = _Shapes(model, example_inputs, notes)
     rows = _Rows(model, shapes).collect()
     if not any(isinstance(m, Rewritten) for m in model.modules()):
-        notes.append("nothing is rewritten: pass the network through fastnets.optimize, or read the reasons above")
+        notes.append(
+            "nothing is rewritten: pass the network through fastnets.optimize, or read the reasons above"
+        )
     elif any(is_batch_norm(m) and m.training for m in model.modules()):
-        notes.append("the network is in training mode: where a batch norm is, the stock layers run until .eval()")
+        notes.append(
+            "the network is in training mode: where a batch norm is, the stock layers run until .eval()"
+        )
     report = Report(f"{type(model).__name__}", rows, notes=notes)
     counted = [row for row in rows if row.counts]
     report.coverage_by["layers"] = _share(counted, "layers")
@@ -133,7 +136,7 @@ def _share(rows: list[Row], what: str) -> float:
 
 
 class _Rows:
-    """Collects the rows, containers before what they hold: the outermost graph that runs a layer speaks for it."""
+    """Collects the rows, outer containers first: the outermost graph that runs a layer speaks for it."""
 
     def __init__(self, model: nn.Module, shapes: _Shapes):
         self.model = model
@@ -172,7 +175,9 @@ class _Rows:
             seen.update(variant.fusions, variant.left)
 
     def _add_fusion(self, prefix: str, module: nn.Module, fusion: Fusion) -> None:
-        layers = [None if p is None else module.get_submodule(p) for p in (fusion.conv, fusion.bn, fusion.act)]
+        layers = [
+            None if p is None else module.get_submodule(p) for p in (fusion.conv, fusion.bn, fusion.act)
+        ]
         head = layers[0] if layers[0] is not None else layers[1]
         if head in self.claimed:
             return
@@ -318,7 +323,9 @@ class _Shapes:
             self._run(model, arguments)
             self.known = True
         except Exception as error:  # the network may not run on meta tensors, or not be copyable
-            notes.append(f"shapes are unknown: the network does not run on meta tensors ({type(error).__name__})")
+            notes.append(
+                f"shapes are unknown: the network does not run on meta tensors ({type(error).__name__})"
+            )
 
     @staticmethod
     def _arguments(model: nn.Module, example_inputs: object) -> tuple | None:
@@ -332,7 +339,9 @@ class _Shapes:
         if recorded is None:
             return None
         leaves, spec = recorded
-        leaves = [None if leaf is None else torch.empty(leaf[0], dtype=leaf[1], device="meta") for leaf in leaves]
+        leaves = [
+            None if leaf is None else torch.empty(leaf[0], dtype=leaf[1], device="meta") for leaf in leaves
+        ]
         return pytree.tree_unflatten(leaves, spec)
 
     def _run(self, model: nn.Module, arguments: tuple) -> None:
@@ -365,7 +374,7 @@ class _Shapes:
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
     def cost(self, path: str, layer: nn.Module | None, parts: list[str]) -> tuple[int | None, int | None]:
-        """FLOPs of the layer at ``path``, and the bytes that stock moves for it and the operations after it."""
+        """FLOPs of the layer at ``path``; bytes that stock moves for it and the operations after it."""
         if not self.known:
             return None, None
         flops = elements = 0

@@ -19,22 +19,69 @@ from torch.utils import _pytree as pytree
 
 # Names by which Python code can tell one layout from another, or hands tensors to code that might.
 _OBSERVING_NAMES = frozenset(
-    "view view_as stride is_contiguous as_strided as_strided_ data_ptr storage untyped_storage storage_offset "
-    "resize_ set_ apply numpy to_dlpack from_dlpack __dlpack__ __cuda_array_interface__".split()
+    [
+        "view",
+        "view_as",
+        "stride",
+        "is_contiguous",
+        "as_strided",
+        "as_strided_",
+        "data_ptr",
+        "storage",
+        "untyped_storage",
+        "storage_offset",
+        "resize_",
+        "set_",
+        "apply",
+        "numpy",
+        "to_dlpack",
+        "from_dlpack",
+        "__dlpack__",
+        "__cuda_array_interface__",
+    ]
 )
 _OBSERVING_METHODS = frozenset(
-    "stride is_contiguous as_strided as_strided_ data_ptr storage untyped_storage storage_offset resize_ set_ "
-    "numpy tolist dim_order is_set_to".split()
-) - {"tolist"}
+    [
+        "stride",
+        "is_contiguous",
+        "as_strided",
+        "as_strided_",
+        "data_ptr",
+        "storage",
+        "untyped_storage",
+        "storage_offset",
+        "resize_",
+        "set_",
+        "numpy",
+        "dim_order",
+        "is_set_to",
+    ]
+)
 _SAME_VALUES_ANY_LAYOUT = {"view": "reshape", "view_as": "reshape_as"}
 _VIEW_METHODS = frozenset(
-    "view reshape flatten unflatten permute transpose squeeze unsqueeze view_as reshape_as chunk split "
-    "movedim swapaxes unbind".split()
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "squeeze",
+        "unsqueeze",
+        "view_as",
+        "reshape_as",
+        "chunk",
+        "split",
+        "movedim",
+        "swapaxes",
+        "unbind",
+    ]
 )
 _VIEW_FUNCTIONS = frozenset(
     [operator.getitem, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze]
     + [torch.unsqueeze, torch.chunk, torch.split, torch.movedim, torch.swapaxes, torch.unbind]
 )
+_SETUP = ("__init__", "init_weights", "_init_weights", "reset_parameters")  # does not run in a forward
 _CALL_DEPTH = 3  # how far the scan for observing names follows a class's helper functions
 
 
@@ -56,7 +103,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def restore_layout(value: object, *region_inputs: object) -> object:
-    """``value`` in the layout that stock gives it: contiguous, unless an input of the region is channels-last.
+    """``value`` in the layout that stock gives it: contiguous, unless a region's input is channels-last.
 
     value: anything; only 4-D tensors change, and are copied only where they are not contiguous already.
     """
@@ -141,7 +188,7 @@ def _is_view(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _VIEW_FUNCTIONS
 
 
-# --- what classes that are not rewritten may look at ----------------------------------------------------------
+# --- what classes that are not rewritten may look at --------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4096)
@@ -150,7 +197,9 @@ def is_stock(cls: type) -> bool:
 
     PyTorch itself derives classes from a user's, for FSDP and for parametrizations: these are not stock.
     """
-    return all(base.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc") for base in cls.__mro__)
+    return all(
+        base.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc") for base in cls.__mro__
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,7 +210,9 @@ def names_read_by(cls: type[nn.Module]) -> frozenset[str]:
     for base in cls.__mro__:
         if is_stock(base):
             continue
-        for member in vars(base).values():
+        for name, member in vars(base).items():
+            if name in _SETUP:
+                continue
             for function in _functions_of(member):
                 _collect_names(function, names, seen, _CALL_DEPTH)
     return frozenset(names)

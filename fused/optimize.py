@@ -1,8 +1,8 @@
 """``optimize`` and ``restore``: a whole network's containers rewritten, and given back their stock classes.
 
-``optimize`` works in three steps: capture every container that can be captured, from the leaves up; decide, from
-the root down, where stock's memory format must be visible; then fuse and swap classes, again from the leaves
-up. See ``capture``, ``layout``, ``patterns`` and ``swap`` for each.
+``optimize`` works in three steps: capture every container that can be captured, from the leaves up; decide,
+from the root down, where stock's memory format must be visible; then fuse and swap classes, again from the
+leaves up. See ``capture``, ``layout``, ``patterns`` and ``swap`` for each.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def optimize(
         (and hooks on them) channels-last tensors; what the network returns has stock's layout.
 
     Raises:
-        TypeError, ValueError: for arguments that make no sense, and, with ``strict``, for layers that were not
-            fused. ``model`` is then as it was.
+        TypeError, ValueError: for arguments that make no sense, and, with ``strict``, for layers that were
+            not fused. ``model`` is then as it was.
     """
     _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs)
     if mode == "training" and backend == "auto":
@@ -153,7 +153,7 @@ def _shapes_of(example_inputs: object) -> object:
     return tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves), spec
 
 
-# --- the three steps ------------------------------------------------------------------------------------------
+# --- the three steps ----------------------------------------------------------------------------------------
 
 
 def _rewrite_network(model: nn.Module, recipe: Recipe, filter_fn: Callable | None) -> None:
@@ -292,6 +292,5 @@ def _check_strict(model: nn.Module) -> None:
     if rows:
         listed = "\n".join(f"  {row.path}: {row.reason}" for row in rows)
         raise ValueError(
-            f"{len(rows)} layers cannot be fused:\n{listed}\nUse strict=False to leave them as stock, or filter_fn "
-            "to leave them out."
+            f"{len(rows)} layers cannot be fused:\n{listed}\nUse strict=False to leave them as stock."
         )

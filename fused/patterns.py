@@ -125,8 +125,8 @@ def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[s
     root: the module that paths start from. backend: what the fused calls are to run on. keep_stock: paths of
     convolutions and batch norms that stay as they are.
 
-    Returns ``(fusions, left)``, tuples of :class:`Fusion` and :class:`Left`. Raises :class:`LayoutError` for a
-    graph whose meaning depends on the layout of its tensors.
+    Returns ``(fusions, left)``, tuples of :class:`Fusion` and :class:`Left`. Raises :class:`LayoutError` for
+    a graph whose meaning depends on the layout of its tensors.
     """
     rewriter = _Rewriter(graph, root, backend, keep_stock)
     for is_head in (is_convolution, is_batch_norm):
@@ -284,7 +284,7 @@ class _Rewriter:
         )
 
     def note_leftovers(self) -> None:
-        """Record what follows a convolution or batch norm, could have been fused in principle, and was not."""
+        """Record what follows a convolution or batch norm, could in principle be fused, and was not."""
         for node in self.graph.nodes:
             sources = [s for s in node.all_input_nodes if s.target in _CALLS]
             if not sources:
@@ -372,7 +372,7 @@ class _Memory:
         return self._origins[node] == {node} and list(node.users) == [reader]
 
     def write_seen_through_reshape(self) -> fx.Node | None:
-        """A write to memory that is read later by way of a reshape: a view in some layouts, a copy in others."""
+        """A write to memory that is read later by a reshape: a view in some layouts, a copy in others."""
         self._analyse()
         nodes = list(self.graph.nodes)
         for i, reshape in enumerate(nodes):
@@ -423,7 +423,7 @@ class _Memory:
         return recognise(module) is not None and type(module) is not nn.Identity and not _in_place(module)
 
     def _written(self, node: fx.Node, surely: bool = False) -> frozenset:
-        """The origins that running the node may write to; ``surely``: not those that a user's module might."""
+        """The origins that the node may write to; ``surely``: without those that a user's module might."""
         if node.op == "call_module":
             module = self.modules[node.target]
             if type(module).__module__.startswith("torch.nn") and not list(module.children()):

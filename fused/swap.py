@@ -114,7 +114,7 @@ class Blueprint:
         return self
 
 
-# --- capturing all variants of one container ------------------------------------------------------------------
+# --- capturing all variants of one container ----------------------------------------------------------------
 
 
 def ends_in_layers(sequential: nn.Module) -> bool:
@@ -171,7 +171,7 @@ def observes_layout(module: nn.Module) -> bool:
     return not blueprint.hides_layout if blueprint is not None else may_observe_layout(type(module))
 
 
-# --- writing the forward --------------------------------------------------------------------------------------
+# --- writing the forward ------------------------------------------------------------------------------------
 
 
 def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], recipe: Recipe) -> None:
@@ -358,7 +358,7 @@ def passes_through(module: nn.Module, evaluating: bool = False) -> bool:
     return type(module) is nn.Identity or (is_dropout(module) and (evaluating or not module.training))
 
 
-# --- the generated class --------------------------------------------------------------------------------------
+# --- the generated class ------------------------------------------------------------------------------------
 
 
 class Rewritten:
@@ -543,7 +543,7 @@ def rewrite_again(module: nn.Module) -> None:
         rewrite(module, blueprint.recipe)
 
 
-# --- and back -------------------------------------------------------------------------------------------------
+# --- and back -----------------------------------------------------------------------------------------------
 
 
 def blueprint_of(cls: type) -> Blueprint | None:
@@ -569,7 +569,7 @@ def without_rewrite(cls: type) -> type:
 
 
 def variants_in_force(module: nn.Module) -> list[Variant]:
-    """The captured graphs that a call in evaluation mode would choose among, as hooks and children are now."""
+    """The captured graphs that a call in evaluation mode would choose among, as things are now."""
     blueprint = blueprint_of(type(module))
     found = []
     for condition, variant in blueprint.variants.items():

@@ -111,7 +111,14 @@ def ddp_in_place_under_the_wrapper(training):
     _trained_alike(wrapped, training)
 
 
-CASES = (ddp, fsdp_root, fsdp_per_block, fsdp_then_optimize, fsdp_then_restore, ddp_in_place_under_the_wrapper)
+CASES = (
+    ddp,
+    fsdp_root,
+    fsdp_per_block,
+    fsdp_then_optimize,
+    fsdp_then_restore,
+    ddp_in_place_under_the_wrapper,
+)
 
 
 def _worker(rank, folder):

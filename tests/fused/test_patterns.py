@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastnets
-from tests.fused.networks import PATTERNS, Composed, Residual, assert_same_answers, graphs, images, kinds, settled
+from tests.fused.networks import (
+    PATTERNS,
+    Composed,
+    Residual,
+    assert_same_answers,
+    graphs,
+    images,
+    kinds,
+    settled,
+)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -53,12 +62,14 @@ def test_evaluation_gradients_equal_stock():
 def test_residual_block_fuses_whole(shortcut):
     stock = settled(Residual(shortcut=shortcut))
     fast = fastnets.optimize(stock)
-    expected = ["conv+bn", "conv+bn+add+relu", "conv+bn+relu"] if shortcut else ["conv+bn+add+relu", "conv+bn+relu"]
+    expected = (
+        ["conv+bn", "conv+bn+add+relu", "conv+bn+relu"] if shortcut else ["conv+bn+add+relu", "conv+bn+relu"]
+    )
     assert kinds(fast) == expected
     assert_same_answers(stock, fast, images(2, 8, 9, 9))
 
 
-# --- in-place operations that stock shows to others -------------------------------------------------------------
+# --- in-place operations that stock shows to others ---------------------------------------------------------
 
 
 def _written_input(m, x):
@@ -158,7 +169,7 @@ def test_no_addition_or_activation_is_left_in_a_fused_block():
     assert "self.relu(" not in lines
 
 
-# --- what must not be taken for a stock layer -------------------------------------------------------------------
+# --- what must not be taken for a stock layer ---------------------------------------------------------------
 
 
 class _DoublingConv(nn.Conv2d):

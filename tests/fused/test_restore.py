@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn.utils import parametrize
 
 import fastnets
 from fastnets.fused.swap import Rewritten, without_rewrite
 from tests.fused.networks import Classifier, Residual, assert_same_answers, images, kinds, settled
+
+torchvision = pytest.importorskip("torchvision")
 
 
 def _assert_stock(restored, stock):
@@ -22,7 +23,9 @@ def _assert_stock(restored, stock):
 
 
 @pytest.mark.parametrize(
-    "make", [Classifier, torchvision.models.resnet18, torchvision.models.mobilenet_v2], ids=lambda f: f.__name__
+    "make",
+    [Classifier, torchvision.models.resnet18, torchvision.models.mobilenet_v2],
+    ids=lambda f: f.__name__,
 )
 def test_exact(make):
     stock = settled(make())
