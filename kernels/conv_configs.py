@@ -81,7 +81,7 @@ _TABLES = {
     ),
 }
 
-# Tiles of the "fma" tables that spill on one architecture or another: (kernel, capability) -> BLOCK_M, BLOCK_N.
+# Tiles of the "fma" tables that spill somewhere: (kernel, capability) -> (BLOCK_M, BLOCK_N).
 _SPILLING = {
     ("taps", 75): (32, 64),
     ("joint", 100): (64, 32),
