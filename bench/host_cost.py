@@ -1,8 +1,8 @@
 """What one fused call costs the host: ``python -m fastnets.bench.host_cost``.
 
 On feature maps of 4×4 pixels nothing but the calls themselves takes time. The baseline is the stock call of
-the convolution alone, so that the difference is the price of everything fused behind it. Times are process CPU
-time: one thread never waits, and another process on the core does not count.
+the convolution alone: the difference is the price of everything fused behind it. Times are process CPU
+time, since one thread never waits, and another process on the core then does not count.
 """
 
 from __future__ import annotations

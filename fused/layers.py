@@ -1,7 +1,8 @@
 """Drop-in modules: a stock convolution, batch norm and activation with one fused forward.
 
 Each takes its stock module's constructor arguments plus what it fuses, holds the stock modules as children
-(``conv``, ``bn``, ``act``) and has ``from_stock``, which shares existing ones. In training the stock modules run.
+(``conv``, ``bn``, ``act``) and has ``from_stock``, which shares existing ones. In training the stock modules
+run.
 """
 
 from __future__ import annotations
