@@ -54,6 +54,10 @@ _SLOW = (
     "inception_v3",
 )
 _SLOW += ("vit_b_16", "res2net50_14w_8s", "densenet121", "regnet_y_400mf")
+_SLOW += ("convnext_atto", "efficientnet_lite0", "mobilenetv3_small_050", "resnet18d")
+
+
+TRAINING = ["mobilenet_v3_small", "googlenet", "densenet121", "efficientnet_b0"]
 
 
 def _slow(name: str, slow: bool | None = None):
@@ -93,9 +97,7 @@ def test_every_layer_of_the_residual_networks_is_fused(name):
     assert sum("add" in row.kind for row in convs) == (10 if name == "mobilenet_v2" else blocks)
 
 
-@pytest.mark.parametrize(
-    "name", [_slow(n, n not in ("resnet18", "resnet50", "mobilenet_v2")) for n in RESIDUAL]
-)
+@pytest.mark.parametrize("name", [_slow(n, n not in ("resnet18", "mobilenet_v2")) for n in RESIDUAL])
 def test_answers_of_the_residual_networks(name):
     stock = _build(lambda: torchvision.models.get_model(name, weights=None))
     _assert_agrees(stock, fastnets.optimize(stock), images(1, 3, 64, 64))
@@ -139,9 +141,7 @@ def test_networks_of_timm(name):
     _assert_agrees(stock, fast, images(1, 3, size, size))
 
 
-@pytest.mark.parametrize(
-    "name", [_slow(n, n != "efficientnet_b0") for n in ("googlenet", "densenet121", "efficientnet_b0")]
-)
+@pytest.mark.parametrize("name", [_slow(n, n != "mobilenet_v3_small") for n in TRAINING])
 def test_training_mode_runs_what_stock_runs(name):
     """Same random numbers, outputs and statistics: auxiliary heads, dropout and all."""
     stock = _build(lambda: torchvision.models.get_model(name, weights=None)).train()
