@@ -217,6 +217,9 @@ def _plan(shape, y_strides, x_strides, r_strides, itemsize, config, multiprocess
     rows_total = math.prod(sizes)
     if config is None:
         config = _pick(rows_total, cols, column_is_channel or x_col != 1 or r_col != 1, multiprocessors)
+    if config.maxnreg is None and not (dense[1] and dense[2]):
+        # Left to itself, ptxas spills strided offsets on sm_100 and sm_120 to fit one more block.
+        config = config.replace(maxnreg=255)
     return Plan(
         grid=(tiles(rows_total, config.BLOCK_ROWS) * tiles(cols, config.BLOCK_COLS),),
         config=config,

@@ -264,8 +264,8 @@ def _plan(
     block_p = config.BLOCK_P
     if block_p > 1 and not unroll:
         raise UnsupportedConfig(f"{_WHO}: {R} filter rows need BLOCK_P=1, not {block_p}")
-    if R > 5 and unroll and config.maxnreg is None:
-        # For sm_80, ptxas would rather spill than give up the third block of a multiprocessor.
+    if config.maxnreg is None and unroll and (R > 5 or K != C):
+        # Left to itself, ptxas spills on some architectures to fit one more block.
         config = config.replace(maxnreg=255)
     columns = N * tiles(P, block_p) * Q
     vec = _power_of_two_divisor(16 // itemsize, K)
