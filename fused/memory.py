@@ -4,7 +4,7 @@ glibc maps every block above 32 MiB afresh, and a fresh page costs a fault and 4
 with eight images that is a third of the time.
 
 ``in_chunks`` makes the forward of a whole optimized network split its batch where a feature map would grow
-past ``_BYTES``; the blocks then come from the heap, already mapped. A batch is split only where that cannot
+past that; the blocks then come from the heap, already mapped. A batch is split only where that cannot
 be seen: in inference, when every operation of the first forward was seen to treat each sample alone, all
 code in between is PyTorch's own or was captured, and no hook would see a part.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 import weakref
 from collections.abc import Callable
 
@@ -28,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnets.fused.batch_norm import has_hooks, in_transform
 
-_BYTES = 20 << 20  # of one feature map; the best of 4 to 40 MiB for MobileNetV2 and ResNet-50
+_MAPPED = 32 << 20  # glibc maps larger blocks afresh: DEFAULT_MMAP_THRESHOLD_MAX
+_BYTES = 20 << 20  # of the largest feature map of a part
 _SAMPLEWISE = frozenset(
     [
         *("mkldnn::_convolution_pointwise", "aten::convolution", "aten::mkldnn_convolution", "aten::conv2d"),
@@ -118,11 +118,12 @@ def in_chunks(forward: Callable, knows: Callable[[type], bool]) -> Callable:
             with _Witness(len(x)) as witness:
                 y = forward(self, x)
             samplewise = witness.samplewise and isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x)
-            sizes[key] = max(1, _BYTES // max(1, witness.bytes_per_sample)) if samplewise else sys.maxsize
+            sizes[key] = witness.bytes_per_sample if samplewise else 0
             return y
-        if size >= len(x) or any(m.training or has_hooks(m) for m in modules[1:]):
+        total = size * len(x)
+        if total <= _MAPPED or any(m.training or has_hooks(m) for m in modules[1:]):
             return forward(self, x)
-        parts = -(-len(x) // size)
+        parts = min(len(x), -(-total // _BYTES))
         return torch.cat([forward(self, part) for part in x.chunk(parts)])
 
     return chunked

@@ -18,6 +18,7 @@ from tests.accuracy import assert_close_to
 @pytest.fixture
 def small_budget(monkeypatch):
     monkeypatch.setattr(memory, "_BYTES", 1 << 16)
+    monkeypatch.setattr(memory, "_MAPPED", 1 << 17)
 
 
 def batches_seen(net, x):
