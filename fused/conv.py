@@ -31,6 +31,7 @@ from fastnets.fused.batch_norm import (
     in_transform,
     uses_running_statistics,
 )
+from fastnets.fused.ownership import may_overwrite
 
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, "
@@ -176,7 +177,7 @@ def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str
 
 def _body(
     x, weight, bias, mean, var, bn_weight, bn_bias, residual,
-    stride, padding, dilation, groups, eps, activation, negative_slope, backend,
+    stride, padding, dilation, groups, eps, activation, negative_slope, backend, in_place=False,
 ):  # fmt: skip
     # All batches share what is prepared, except one image (PyTorch may prefer other algorithms) and none.
     batch = min(len(x), 2) if x.dim() else 0
@@ -188,7 +189,7 @@ def _body(
     )  # fmt: skip
     prepared = packing.lookup(weight, key, (bias, mean, var, bn_weight, bn_bias))
     if prepared is not None and prepared.run is not None:
-        return prepared.run(x, residual)
+        return prepared.run(x, residual, in_place)
 
     weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
     options = Options(stride, padding, dilation, groups, eps, activation, negative_slope)
@@ -425,6 +426,7 @@ def call_conv_bn_act(
     activation: str = "none",
     negative_slope: float = 0.0,
     backend: str = "auto",
+    residual_dies: str = "",
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` by the fused op where that is stock's result, by the modules
     themselves elsewhere.
@@ -432,6 +434,7 @@ def call_conv_bn_act(
     Stock runs where BN uses batch statistics (training), a hook would be skipped, the convolution's class
     or forward is not the stock one (parametrized, patched), the tensors are not plain ones, or the residual
     broadcasts or promotes. ``act`` is the module that stock would call; None means a function or nothing.
+    ``residual_dies``: set where this call is the residual's last reader (see ``fused.ownership``).
     """
     weight, bias, *bn_vectors = weights = _weights_of(conv, bn)
     grad = torch.is_grad_enabled()
@@ -454,7 +457,8 @@ def call_conv_bn_act(
         return _differentiable(x, weight, bias, *bn_vectors, residual, *options)
     if _watched(x):
         return _infer(x, weight, bias, *bn_vectors, residual, *options)
-    return _body(x, *weights, residual, *options)  # what the dispatcher would call, 8 µs earlier
+    in_place = residual_dies != "" and may_overwrite(residual, residual_dies)
+    return _body(x, *weights, residual, *options, in_place)  # what the dispatcher would call, 8 µs earlier
 
 
 def _weights_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:

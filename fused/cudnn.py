@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Run = Callable[[Tensor, "Tensor | None"], Tensor]
+Run = Callable[..., Tensor]  # (x, residual, in_place=False)
 
 
 @functools.cache
@@ -55,13 +55,13 @@ def prepare_convolution(
 
     if has_residual:
 
-        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        def run(x: Tensor, residual: Tensor | None, in_place: bool = False) -> Tensor:
             x = x.contiguous(memory_format=channels_last)
             residual = residual.contiguous(memory_format=channels_last)
             return add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
     else:
 
-        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        def run(x: Tensor, residual: Tensor | None, in_place: bool = False) -> Tensor:
             x = x.contiguous(memory_format=channels_last)
             return relu(x, weight, bias, stride, padding, dilation, groups)
 

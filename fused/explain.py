@@ -256,7 +256,7 @@ class _Rows:
             return "kept stock by filter_fn"
         if isinstance(container, Rewritten):
             failed = [v.reason for v in container._fastnets.variants.values() if v.captured is None]
-            if not variants_in_force(container):
+            if failed and not variants_in_force(container):
                 return f"{container_path or 'the root'} cannot be captured: {failed[0]}"
         elif container not in self.reasons:
             self.reasons[container] = self._why_not_captured(container)

@@ -15,19 +15,22 @@ from torch import Tensor
 
 from fastnets.fused.activation import activation as activation_of
 
-Run = Callable[[Tensor, "Tensor | None"], Tensor]
+Run = Callable[..., Tensor]  # (x, residual, in_place=False): in_place lets the result overwrite the residual
 
 _UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 / 2}
 
 
 @functools.cache
-def _pointwise() -> tuple[Callable, Callable] | None:
+def _pointwise() -> tuple[Callable, Callable, Callable] | None:
     if not torch.backends.mkldnn.is_available():
         return None
     packet = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
     if packet is None or not {"default", "binary"} <= set(packet.overloads()):
         return None
-    return packet.default, packet.binary
+    in_place = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
+    if in_place is None or "binary" not in in_place.overloads():
+        return None
+    return packet.default, packet.binary, in_place.binary
 
 
 @functools.cache
@@ -122,14 +125,14 @@ def prepare_convolution(
         weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
             weight.to_mkldnn(), padding, stride, dilation, groups, list(x.shape)
         )
-    unary, binary = _pointwise()
+    unary, binary, binary_in_place = _pointwise()
     entry = activation_of(activation)
     attribute, scalars, algorithm = entry.onednn(negative_slope)
     as_channels_last = channels_last if 1 in x.shape[1:] else _dense
 
     if not has_residual:
 
-        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        def run(x: Tensor, residual: Tensor | None, in_place: bool = False) -> Tensor:
             x = as_channels_last(x)
             return unary(x, weight, bias, padding, stride, dilation, groups, attribute, scalars, algorithm)
 
@@ -138,12 +141,15 @@ def prepare_convolution(
     # What the binary form takes after the addition; grouped, it is a convolution and a float32 add_relu.
     in_call = activation == "none" or (activation == "relu" and (groups == 1 or x.dtype == torch.float32))
     attribute = "relu" if in_call and activation == "relu" else None
+    may_write = groups == 1 and x.dtype == torch.float32
 
-    def run_with_residual(x: Tensor, residual: Tensor | None) -> Tensor:
-        x, residual = as_channels_last(x), channels_last(residual)
-        y = binary(
-            x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, attribute, [], None
-        )
+    def run_with_residual(x: Tensor, residual: Tensor | None, in_place: bool = False) -> Tensor:
+        x, added = as_channels_last(x), channels_last(residual)
+        rest = (weight, bias, padding, stride, dilation, groups, "add", 1.0, attribute, [], None)
+        if in_place and may_write and added is residual and not _overlap(x, residual):
+            y = binary_in_place(residual, x, *rest)
+        else:
+            y = binary(x, added, *rest)
         return y if in_call else activate_in_place(y, activation, negative_slope)
 
     return run_with_residual
@@ -175,12 +181,16 @@ def _stays_native(x, weight, bias, stride, padding, dilation, groups) -> bool:
     return chosen != torch._C._ConvBackend.Mkldnn
 
 
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _native(weight, bias, stride, padding, dilation, groups, activation, negative_slope) -> Run:
     weight = weight.contiguous(memory_format=torch.channels_last)
     entry = activation_of(activation)
     activate = entry.in_place or entry.forward
 
-    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, in_place: bool = False) -> Tensor:
         y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         if residual is not None:
             y += residual

@@ -24,6 +24,7 @@ from fastnets.fused.swap import (
     Recipe,
     Rewritten,
     capture_variants,
+    give_between_blocks,
     hides_layout,
     install,
     is_sequential,
@@ -172,6 +173,8 @@ def _rewrite_network(model: nn.Module, recipe: Recipe, filter_fn: Callable | Non
             example=recipe.example if module is model else None,
         )
         install(module, variants, own)
+    for module in model.modules():
+        give_between_blocks(module)
 
 
 def _paths_of(container: nn.Module, modules: set[nn.Module]) -> frozenset[str]:

@@ -26,14 +26,15 @@ from fastnets.fused.batch_norm import call_bn_add_act
 from fastnets.fused.capture import IN_PLACE_OPERATORS, iadd
 from fastnets.fused.conv import call_conv_bn_act
 from fastnets.fused.layout import LayoutError
+from fastnets.fused.ownership import GIVEN, MADE_HERE
 
 
-def call_conv_bn_iadd_act(onto_residual: bool, *arguments: object) -> Tensor:
+def call_conv_bn_iadd_act(onto_residual: bool, *arguments: object, residual_dies: str = "") -> Tensor:
     """``call_conv_bn_act(*arguments)`` where stock adds in place, and so keeps the dtype of what it writes.
 
     onto_residual: stock writes the sum to the residual's memory, else to the layer's result.
     """
-    return _call_iadd(call_conv_bn_act, onto_residual, *arguments)
+    return _call_iadd(call_conv_bn_act, onto_residual, *arguments, residual_dies=residual_dies)
 
 
 def call_bn_iadd_act(onto_residual: bool, *arguments: object) -> Tensor:
@@ -41,13 +42,13 @@ def call_bn_iadd_act(onto_residual: bool, *arguments: object) -> Tensor:
     return _call_iadd(call_bn_add_act, onto_residual, *arguments)
 
 
-def _call_iadd(call: Callable, onto_residual: bool, *arguments: object) -> Tensor:
+def _call_iadd(call: Callable, onto_residual: bool, *arguments: object, **options: object) -> Tensor:
     *layers, act, x, residual, activation, negative_slope, backend = arguments
     dtype = x.dtype
     if call is call_conv_bn_act and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     if residual.dtype == dtype:
-        return call(*arguments)
+        return call(*arguments, **options)
     y = call(*layers, None, x, None, "none", 0.0, backend)
     total = operator.iadd(residual, y) if onto_residual else operator.iadd(y, residual)
     return activation_of(activation).forward(total, negative_slope) if act is None else act(total)
@@ -139,6 +140,43 @@ def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[s
         raise LayoutError(f"{_name(node)} writes in place to a tensor that its forward has reshaped")
     rewriter.note_leftovers()
     return tuple(rewriter.fusions), tuple(rewriter.left)
+
+
+_CONV_CALLS = {call_conv_bn_act: 3, call_conv_bn_iadd_act: 4}  # position of x; the residual comes next
+
+
+def mark_dying_residuals(graph: fx.Graph, modules: dict[str, nn.Module]) -> int:
+    """Tell fused convolutions that are the last readers of their residuals so; the number of them.
+
+    Every reader must be a convolution: what else reads a tensor may keep a view of it.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    marked = 0
+    for node in graph.nodes:
+        position = _CONV_CALLS.get(node.target) if node.op == "call_function" else None
+        if position is None:
+            continue
+        x, residual = node.args[position : position + 2]
+        if not isinstance(residual, fx.Node) or residual is x:
+            continue
+        readers = list(residual.users)
+        if any(order[r] > order[node] or not _reads_as_convolution(r, modules) for r in readers):
+            continue
+        if residual.op == "placeholder" and len(inputs) == 1:
+            node.kwargs = {"residual_dies": GIVEN}
+        elif residual.op == "call_function" and residual.target in _CONV_CALLS:
+            node.kwargs = {"residual_dies": MADE_HERE}
+        else:
+            continue
+        marked += 1
+    return marked
+
+
+def _reads_as_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_function":
+        return node.target in _CONV_CALLS
+    return node.op == "call_module" and is_convolution(modules[node.target])
 
 
 @dataclass

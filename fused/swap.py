@@ -44,7 +44,8 @@ from fastnets.fused.layout import (
     restore_layout_of_all,
 )
 from fastnets.fused.memory import in_chunks
-from fastnets.fused.patterns import Fusion, Left, fuse, is_batch_norm, is_convolution
+from fastnets.fused.ownership import run_in_sequence
+from fastnets.fused.patterns import Fusion, Left, fuse, is_batch_norm, is_convolution, mark_dying_residuals
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"_modules"}
 _GRAPH_HEADER = re.compile(r"^def forward\(", re.MULTILINE)
@@ -61,6 +62,7 @@ class Recipe:
         backend: what the fused calls run on.
         restores_outputs: the caller is not rewritten, so results go out in stock's layout.
         keep_stock: paths, from the container, of layers that are not to be fused.
+        gives_between_blocks: the container is a plain Sequential, whose blocks may overwrite what they get.
         splits_batches: the container is a whole network, whose batches may be split (``fused.memory``).
         example: on the root, shapes of the example inputs given to ``optimize``, for reports.
     """
@@ -68,6 +70,7 @@ class Recipe:
     backend: str = "auto"
     restores_outputs: bool = False
     keep_stock: frozenset[str] = frozenset()
+    gives_between_blocks: bool = False
     splits_batches: bool = False
     example: object = field(default=None, hash=False)
 
@@ -92,6 +95,7 @@ class Variant:
     fusions: tuple[Fusion, ...] = ()
     left: tuple[Left, ...] = ()
     changes: int = 0
+    overwrites: int = 0
     held: list[str] = field(default_factory=list)
 
 
@@ -105,6 +109,7 @@ class Blueprint:
         self.variants: dict[Condition, Variant] = {}
         self.source = ""
         self.hides_layout = True
+        self.overwrites = False
         self.scope: dict[str, object] = {}
 
     def __reduce__(self):
@@ -191,6 +196,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             variant.captured, variant.reason = None, str(error)
             variant.fusions = ()
             continue
+        variant.overwrites = mark_dying_residuals(graph, dict(module.named_modules(remove_duplicate=False)))
         code = graph.python_code("self")
         variant.source, variant.namespace = _WRAP_STATEMENT.sub("", code.src).strip(), dict(code.globals)
 
@@ -473,6 +479,23 @@ def install(module: nn.Module, variants: dict[Condition, Variant], recipe: Recip
     return True
 
 
+def give_between_blocks(module: nn.Module) -> bool:
+    """Let a plain Sequential of rewritten blocks hand each the tensor that only it will read."""
+    if type(module) is not nn.Sequential or has_hooks(module):
+        return False
+    blueprints = [blueprint_of(type(child)) for child in module]
+    if not any(b is not None and b.overwrites for b in blueprints):
+        return False
+    cls = _classes.get(("sequence",))
+    if cls is None:
+        source = "def forward(self, input):\n    return _fn_run_in_sequence(self, input)\n"
+        namespace, recipe = {"_fn_run_in_sequence": run_in_sequence}, Recipe(gives_between_blocks=True)
+        cls = _generate(nn.Sequential, source, namespace, {}, recipe)
+        _classes[("sequence",)] = cls
+    module.__class__ = cls
+    return True
+
+
 def _generate(
     stock, source: str, namespace: dict, variants: dict[Condition, Variant], recipe: Recipe
 ) -> type:
@@ -498,6 +521,7 @@ def _generate(
     blueprint.variants, blueprint.source = variants, source
     blueprint.hides_layout = hides_layout(stock, variants)
     blueprint.scope = scope
+    blueprint.overwrites = any(variant.overwrites for variant in variants.values())
     if recipe.splits_batches:
         forward = in_chunks(forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls))
     attributes = {
@@ -524,6 +548,8 @@ def hides_layout(stock: type[nn.Module], variants: dict[Condition, Variant]) -> 
 
 def rewrite(module: nn.Module, recipe: Recipe) -> bool:
     """Capture, rewrite and install, for one module that has its stock class. False leaves it as it is."""
+    if recipe.gives_between_blocks:
+        return give_between_blocks(module)
     variants = capture_variants(module)
     if all(v.captured is None for v in variants.values()) and not recipe.restores_outputs:
         return False

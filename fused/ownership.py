@@ -1,0 +1,95 @@
+"""Which residuals may be overwritten by the sum they go into.
+
+Out of place, a residual addition on the CPU reads the residual and writes a result of the same size to cold
+memory; in place it writes where it has just read. That is allowed only for a residual that nobody can read
+again:
+
+* it is a dense tensor that a fused call of the same forward made, and this call is its last reader; or it is
+  the forward's input, this call is its last reader there, and the caller has given it away;
+* no module of the container carries a hook, which might have kept it.
+
+``patterns`` finds the last readers in the graphs. The caller that gives inputs away is ``run_in_sequence``,
+the forward of optimized stages such as ResNet's ``layer1``: between two blocks it alone holds the tensor,
+and checks that by counting references to it and to its memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastnets.fused.batch_norm import has_hooks, in_transform
+
+MADE_HERE, GIVEN = "made here", "given"
+
+
+class _Ownership(threading.local):
+    active = False  # the container that runs was called by run_in_sequence, and no hook is in it
+    given: Tensor | None = None
+
+
+_now = _Ownership()
+
+
+def may_overwrite(residual: Tensor | None, dies: str) -> bool:
+    """Whether the fused call that is the last reader of ``residual`` may write its result there."""
+    if not _now.active:
+        return False
+    return dies == MADE_HERE or (dies == GIVEN and _now.given is residual)
+
+
+def run_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
+    """``nn.Sequential``'s forward, which gives each block the tensor that only it will read."""
+    if not _may_give(input):
+        for module in sequential:
+            input = module(input)
+        return input
+    ours = False  # the first input is the caller's
+    for module in sequential:
+        before = _now.active, _now.given
+        _now.active = _consents(module)
+        # One reference is this frame's variable, one the argument of the count itself.
+        alone = ours and _now.active and sys.getrefcount(input) <= 2 and _memory_is_its_own(input)
+        _now.given = input if alone else None
+        try:
+            input = module(input)
+        finally:
+            _now.active, _now.given = before
+        ours = True
+    return input
+
+
+def _may_give(x: object) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not _has_any_global_hook()
+        and not in_transform()
+    )
+
+
+def _consents(module: nn.Module) -> bool:
+    """Whether ``module`` overwrites residuals, alone among what is in it, and nothing in it has hooks."""
+    if not _overwrites(module):
+        return False
+    inner = list(module.modules())
+    return not any(has_hooks(m) for m in inner) and not any(_overwrites(m) for m in inner[1:])
+
+
+def _overwrites(module: nn.Module) -> bool:
+    blueprint = getattr(type(module), "_fastnets", None)
+    return blueprint is not None and blueprint.overwrites
+
+
+def _memory_is_its_own(x: Tensor) -> bool:
+    """Whether no view shares it: the tensor has one owner, the storage that and the handle that asks."""
+    storage = x.untyped_storage()
+    return x._use_count() == 1 and x._base is None and torch._C._storage_Use_Count(storage._cdata) <= 2
