@@ -1,6 +1,6 @@
 """Puts the committed benchmark results into the README, between two marker lines.
 
-    python -m fastnets.bench.readme_table README.md docs/cpu-stock.json docs/cpu-keep-pages.json
+    python -m fastnets.bench.readme_table README.md docs/cpu-stock-resnet50.json docs/cpu-keep-pages.json
 
 So that no figure in the README is typed by hand: each comes from a result file that ``fastnets bench -o``
 wrote.
@@ -31,7 +31,8 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One Markdown table: a line per network and variant, two columns (ms, ratio to eager) per run."""
+    """One Markdown table: a line per network and variant, two columns (ms, ratio to eager) per allocator."""
+    runs = _by_allocator(runs)
     names = [run["environment"]["allocator"] for run in runs]
     lines = [
         "| network | variant | " + " | ".join(f"ms, {n} allocator | vs eager [95 %]" for n in names) + " |",
@@ -52,6 +53,15 @@ def table(runs: list[dict[str, Any]]) -> str:
         f"at commit {facts['commit']}; variants interleaved in one process, medians.",
     ]
     return "\n".join(lines)
+
+
+def _by_allocator(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs under the same allocator made one: networks may have been measured in processes of their own."""
+    merged: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        first = merged.setdefault(run["environment"]["allocator"], {**run, "results": []})
+        first["results"] = first["results"] + run["results"]
+    return list(merged.values())
 
 
 def _networks(runs: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
