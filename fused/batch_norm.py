@@ -302,6 +302,20 @@ def in_transform() -> bool:
     )
 
 
+def is_unobserved_inference(x: object) -> bool:
+    """Whether ``x`` is on the CPU, with no gradients and no compiler, tracer, mode or global hook around."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not _has_any_global_hook()
+        and not in_transform()
+    )
+
+
 def uses_running_statistics(bn: nn.Module) -> bool:
     """Whether this is a stock batch norm that would normalise with its running statistics now."""
     return type(bn) in BATCH_NORMS and not bn.training and bn.running_mean is not None and not has_hooks(bn)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastnets.fused.batch_norm import has_hooks
+
 _PLAIN_COLLECTIONS = (tuple, list, dict, torch.Size, fx.immutable_collections.immutable_list)
 _PLAIN_COLLECTIONS += (fx.immutable_collections.immutable_dict,)
 _NOT_FORWARDS = ("torch", "inspect", "typing", "copy", "dataclasses")  # code that asks for reasons of its own
@@ -49,17 +51,6 @@ class Captured:
     inlined: list[str] = field(default_factory=list)
     bypassed: list[str] = field(default_factory=list)
     asks_type: bool = False
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs anything besides its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def is_dropout(module: nn.Module) -> bool:

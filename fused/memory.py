@@ -21,11 +21,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnets.fused.batch_norm import has_hooks, in_transform
+from fastnets.fused.batch_norm import has_hooks, is_unobserved_inference
 
 _MAPPED = 32 << 20  # glibc maps larger blocks afresh: DEFAULT_MMAP_THRESHOLD_MAX
 _BYTES = 20 << 20  # of the largest feature map of a part
@@ -105,7 +104,7 @@ def in_chunks(forward: Callable, knows: Callable[[type], bool]) -> Callable:
 
     @functools.wraps(forward)
     def chunked(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or kwargs or len(args) != 1 or not _may_split(self, args[0]):
+        if kwargs or len(args) != 1 or not _may_split(self, args[0]):
             return forward(self, *args, **kwargs)
         (x,) = args
         modules = list(self.modules())
@@ -130,18 +129,7 @@ def in_chunks(forward: Callable, knows: Callable[[type], bool]) -> Callable:
 
 
 def _may_split(module: nn.Module, x: object) -> bool:
-    return (
-        type(x) is Tensor
-        and x.dim() == 4
-        and x.device.type == "cpu"
-        and len(x) > 1
-        and not torch.is_grad_enabled()
-        and not module.training
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not _has_any_global_hook()
-        and not in_transform()
-    )
+    return is_unobserved_inference(x) and x.dim() == 4 and len(x) > 1 and not module.training
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h

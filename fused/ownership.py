@@ -20,9 +20,8 @@ import threading
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from fastnets.fused.batch_norm import has_hooks, in_transform
+from fastnets.fused.batch_norm import has_hooks, is_unobserved_inference
 
 MADE_HERE, GIVEN = "made here", "given"
 
@@ -44,7 +43,7 @@ def may_overwrite(residual: Tensor | None, dies: str) -> bool:
 
 def run_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
     """``nn.Sequential``'s forward, which gives each block the tensor that only it will read."""
-    if not _may_give(input):
+    if not is_unobserved_inference(input):
         for module in sequential:
             input = module(input)
         return input
@@ -61,19 +60,6 @@ def run_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
             _now.active, _now.given = before
         ours = True
     return input
-
-
-def _may_give(x: object) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not _has_any_global_hook()
-        and not in_transform()
-    )
 
 
 def _consents(module: nn.Module) -> bool:
