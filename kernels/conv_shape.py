@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from fastnets.kernels.activation import check_activation
 from fastnets.kernels.launch import Config
 
-__all__ = ["ConvCall", "ConvShape", "ceil_div", "conv_call", "vector_width"]
+__all__ = ["ConvCall", "ConvShape", "Prologue", "ceil_div", "conv_call", "vector_width"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTORS = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
@@ -65,6 +66,27 @@ class ConvShape:
     def flops(self) -> int:
         """A multiply-add counts as two."""
         return 2 * self.M * self.K * self.group_channels * self.taps
+
+
+class Prologue(NamedTuple):
+    """What a convolution does to x while loading it: act((x - mean) · rstd · bn_weight + bn_bias).
+
+    x is then the output of an earlier convolution, of which only the statistics are known yet. mean and rstd
+    are [C] fp32; bn_weight and bn_bias are [C] of any float dtype, or None. The value is rounded to x's dtype
+    before it is multiplied, as a stored activation would be, and padding stays zero.
+    """
+
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    bn_weight: torch.Tensor | None = None
+    bn_bias: torch.Tensor | None = None
+    activation: str = "none"
+    negative_slope: float = 0.01
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """(mean, rstd, bn_weight, bn_bias): what a kernel takes by pointer."""
+        return self[:4]
 
 
 @dataclass
