@@ -1,0 +1,35 @@
+"""LeNet-5 learns to read digits.
+
+    python examples/train_lenet.py                             (--stock for PyTorch's own layers)
+    torchrun --nproc-per-node 2 examples/train_lenet.py
+
+SGD on batches of 128 digits, warm-up over the first 5 % of the steps, gradients clipped at norm 1.
+"""
+
+from __future__ import annotations
+
+import digits
+import torch
+import torch.nn.functional as F
+import training
+
+import fastnets
+
+
+def main() -> None:
+    parser = training.parser(__doc__.splitlines()[0], epochs=15, lr=0.1, output="lenet")
+    parser.add_argument("--model", default="lenet5_relu", help="lenet5_relu or lenet5 (sigmoid)")
+    options = parser.parse_args()
+    with training.ranks(options.device) as place:
+        torch.manual_seed(options.seed)
+        network = fastnets.create_model(options.model, num_classes=digits.CLASSES, fused=False)
+        model = training.prepare(network, options, place)
+        data = digits.load(options.limit).to(place.device)
+        history = training.train(
+            model, lambda logits, _, labels: F.cross_entropy(logits, labels), data, options, place, options.model
+        )
+        training.save(model, history, options.output, place)
+
+
+if __name__ == "__main__":
+    main()
