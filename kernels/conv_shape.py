@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +12,16 @@ import torch
 from fastnets.kernels.activation import check_activation
 from fastnets.kernels.launch import Config
 
-__all__ = ["ConvCall", "ConvShape", "Prologue", "ceil_div", "conv_call", "vector_width"]
+__all__ = [
+    "ConvCall",
+    "ConvShape",
+    "Prologue",
+    "ceil_div",
+    "conv_call",
+    "convolution_shape",
+    "product_precision",
+    "vector_width",
+]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTORS = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
@@ -173,6 +183,48 @@ def _layout(
     return (*x, *weight, *added), flags
 
 
+def convolution_shape(
+    x: Sequence[int],
+    weight: Sequence[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> ConvShape:
+    """The geometry of x [N, C, H, W] under weight [K, C/groups, R, S]; ``ValueError`` where they misfit."""
+    if len(x) != 4 or len(weight) != 4:
+        raise ValueError(f"x and weight need 4 dimensions, they have {list(x)} and {list(weight)}")
+    N, C, H, W = x
+    K, group_channels, R, S = weight
+    if groups < 1 or C % groups or K % groups:
+        raise ValueError(f"groups={groups} must divide C={C} and K={K}")
+    if group_channels * groups != C:
+        raise ValueError(
+            f"weight {list(weight)} with groups={groups} takes {group_channels * groups} channels, x has {C}"
+        )
+    if 0 in weight:
+        raise ValueError(f"weight {list(weight)} is empty")
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"stride={stride} and dilation={dilation} must be positive, padding={padding} not negative"
+        )
+    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    if P < 1 or Q < 1:
+        raise ValueError(
+            f"a {R}x{S} filter with dilation={dilation} does not fit {H}x{W} padded by {padding}"
+        )
+    return ConvShape(N, C, H, W, K, R, S, P, Q, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def product_precision(x: torch.Tensor) -> str:
+    """Of fp32 products: "ieee", or "tf32" where torch's switch for convolutions allows it."""
+    # Meta tensors stand for those of the assumed device.
+    on_cuda = x.is_cuda or x.is_meta
+    tf32 = x.dtype == torch.float32 and on_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
 def conv_call(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -192,35 +244,12 @@ def conv_call(
     Raises ``TypeError`` for a dtype and ``ValueError`` for anything else that is no convolution.
     """
     check_activation(activation)
-    if x.dim() != 4 or weight.dim() != 4:
-        raise ValueError(
-            f"x and weight need 4 dimensions, they have {list(x.shape)} and {list(weight.shape)}"
-        )
+    shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation, groups)
     if x.dtype not in _DTYPES:
         raise TypeError(f"x is {x.dtype}; supported: float32, float16, bfloat16")
     if weight.dtype != x.dtype:
         raise TypeError(f"weight is {weight.dtype} but x is {x.dtype}; cast one of them")
-    N, C, H, W = x.shape
-    K, group_channels, R, S = weight.shape
-    if groups < 1 or C % groups or K % groups:
-        raise ValueError(f"groups={groups} must divide C={C} and K={K}")
-    if group_channels * groups != C:
-        raise ValueError(
-            f"weight {list(weight.shape)} with groups={groups} takes {group_channels * groups} channels, "
-            f"x has {C}"
-        )
-    if 0 in weight.shape:
-        raise ValueError(f"weight {list(weight.shape)} is empty")
-    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        raise ValueError(
-            f"stride={stride} and dilation={dilation} must be positive, padding={padding} not negative"
-        )
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
-    if P < 1 or Q < 1:
-        raise ValueError(
-            f"a {R}x{S} filter with dilation={dilation} does not fit {H}x{W} padded by {padding}"
-        )
+    N, K, P, Q = shape.N, shape.K, shape.P, shape.Q
     for name, vector in zip(_VECTORS, vectors):
         if vector is not None and vector.shape != (K,):
             raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{K}]")
@@ -235,11 +264,7 @@ def conv_call(
         if residual.dtype != x.dtype:
             raise TypeError(f"residual is {residual.dtype} but x is {x.dtype}; cast one of them")
     vectors = tuple(v if v is None or v.is_contiguous() else v.contiguous() for v in vectors)
-    shape = ConvShape(N, C, H, W, K, R, S, P, Q, tuple(stride), tuple(padding), tuple(dilation), groups)
-    # Meta tensors stand for those of the assumed device.
-    on_cuda = x.is_cuda or x.is_meta
-    tf32 = x.dtype == torch.float32 and on_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    precision = "tf32" if tf32 else "ieee"
+    precision = product_precision(x)
     return ConvCall(shape, x, weight, vectors, residual, eps, activation, negative_slope, config, precision)
 
 
