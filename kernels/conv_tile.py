@@ -17,15 +17,21 @@ __all__ = ["aligned", "finish_tile", "tile_of_program", "window_origin", "within
 
 
 @triton.jit
-def tile_of_program(M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of_program(
+    M, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, program=None
+):  # fmt: skip
     """Row and column of this program's tile among those of an [M, K] matrix.
+
+    program: its number among the tiles' programs, where that is not program_id(0).
 
     Programs that run together cover a band GROUP_M tiles high rather than one long row of tiles, so that
     they share both windows and weights in L2.
     """
+    if program is None:
+        program = tl.program_id(0)
     columns = tl.cdiv(K, BLOCK_N)
-    band = tl.program_id(0) // (GROUP_M * columns)
-    place = tl.program_id(0) % (GROUP_M * columns)
+    band = program // (GROUP_M * columns)
+    place = program % (GROUP_M * columns)
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - band * GROUP_M, GROUP_M)
     return band * GROUP_M + place % height, place // height
 
