@@ -26,7 +26,12 @@ def main() -> None:
         model = training.prepare(network, options, place)
         data = digits.load(options.limit).to(place.device)
         history = training.train(
-            model, lambda logits, _, labels: F.cross_entropy(logits, labels), data, options, place, options.model
+            model,
+            lambda logits, _, labels: F.cross_entropy(logits, labels),
+            data,
+            options,
+            place,
+            options.model,
         )
         training.save(model, history, options.output, place)
 

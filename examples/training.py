@@ -190,9 +190,7 @@ def train(
                 scheduler.step()
                 losses.append(loss.detach())
                 progress.advance(bar)
-            history.accuracies.append(
-                accuracy(model, digits.held_out_images, digits.held_out_labels, place)
-            )
+            history.accuracies.append(accuracy(model, digits.held_out_images, digits.held_out_labels, place))
             progress.update(bar, note=f"loss {losses[-1]:.3f}, held out {history.accuracies[-1]:.1%}")
     history.losses = _mean_over_ranks(torch.stack(losses), place).tolist()
     history.seconds = time.perf_counter() - start
