@@ -58,7 +58,7 @@ def merge_over_ranks(statistics: Statistics, group: str) -> Statistics:
     collectives = torch.ops._c10d_functional
     gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(packed, ranks, group))
     mean, m2, count = gathered.view(ranks, -1).split([channels, channels, 1], 1)
-    return statistics._replace(mean=mean.contiguous(), m2=m2.contiguous(), count=count.flatten())
+    return statistics._replace(mean=mean.contiguous(), m2=m2.contiguous(), count=count.contiguous().flatten())
 
 
 def sum_over_ranks(sums: Tensor, group: str) -> Tensor:

@@ -1,0 +1,35 @@
+"""Statistics over ranks, on 2 and 4 gloo processes that ``torchrun`` starts."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastnets.fused.synchronize import group_of, merge_over_ranks, sum_over_ranks
+from fastnets.kernels.batch_norm_training import Statistics
+from tests.ranks import assert_all_pass, needs_gloo
+
+CASES = "tests.fused.synchronize_cases"
+
+
+@needs_gloo
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_over_ranks(ranks, tmp_path):
+    assert_all_pass(CASES, ranks, tmp_path)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_compiled_over_ranks(tmp_path):
+    assert_all_pass(CASES, 2, tmp_path, "COMPILED")
+
+
+def test_one_process_has_nobody_to_synchronise_with():
+    assert group_of(nn.SyncBatchNorm(4)) == ""
+
+
+def test_statistics_of_another_dtype_are_refused():
+    half = torch.zeros(1, 4, dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"m2 is torch\.float16; statistics are kept in float32"):
+        merge_over_ranks(Statistics(torch.zeros(1, 4), half, torch.zeros(1)), "0")
+    with pytest.raises(TypeError, match=r"sums is torch\.float16"):
+        sum_over_ranks(half, "0")

@@ -1,0 +1,67 @@
+"""Tests on several processes: cases that every rank of a ``torchrun`` job runs.
+
+A case is a function without arguments that asserts; a module of cases lists them in a tuple, ``CASES``. Each
+runs on every rank, with ``torch.distributed`` (gloo) set up. Starting processes costs more than the cases do:
+one job, and one test, serves a whole tuple.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = timedelta(seconds=90)  # of a collective that somebody does not join
+
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch.distributed has no gloo here"
+)
+
+
+def torchrun(processes: int, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``words`` under torchrun with that many processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), *words]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=900)
+
+
+def assert_all_pass(module: str, processes: int, folder: Path, cases: str = "CASES", **environment: str):
+    """Run the cases on so many ranks; fails with the traceback of each case on each rank that failed."""
+    done = torchrun(processes, "-m", "tests.ranks", module, cases, str(folder), **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    failures, expected = [], [case.__name__ for case in getattr(importlib.import_module(module), cases)]
+    for rank in range(processes):
+        outcome = torch.load(folder / f"rank{rank}.pt")
+        assert list(outcome) == expected, f"rank {rank} ran {list(outcome)}"
+        failures += [f"{case} on rank {rank}:\n{text}" for case, text in outcome.items() if text is not None]
+    assert not failures, "\n".join(failures)
+
+
+def _run(module: str, cases: str, folder: str) -> None:
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    outcome: dict[str, str | None] = {}
+    for case in getattr(importlib.import_module(module), cases):
+        torch.manual_seed(0)
+        try:
+            case()
+            outcome[case.__name__] = None
+        except Exception:
+            outcome[case.__name__] = traceback.format_exc()
+        dist.barrier()
+    torch.save(outcome, f"{folder}/rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _run(*sys.argv[1:])
