@@ -1,0 +1,110 @@
+"""The gradients of a convolution: of its input and of its weight, dense, grouped and depthwise.
+
+    dx = conv_input_gradient(dy, weight, x.shape, ...)        kernels in ``conv_input_gradient``
+    dw = conv_weight_gradient(dy, x, weight.shape, ...)       kernels in ``conv_weight_gradient``
+
+Depthwise filters are no matrix products and go to ``depthwise_backward``. This file checks the arguments and
+sends a call where it belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastnets.kernels.activation import check_activation
+from fastnets.kernels.conv_configs import kernel_of
+from fastnets.kernels.conv_input_gradient import InputGradientCall, Normalized, input_gradient
+from fastnets.kernels.conv_shape import ConvShape, Prologue, convolution_shape, product_precision
+from fastnets.kernels.launch import Config
+
+__all__ = ["Normalized", "conv_input_gradient"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def conv_input_gradient(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    input_shape: Sequence[int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    added: torch.Tensor | None = None,
+    normalized: Normalized | None = None,
+    dtype: torch.dtype | None = None,
+    config: Config | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of conv2d's input: dx [N, C, H, W] of input_shape, dense channels-last.
+
+    dy [N, K, P, Q] and weight [K, C/groups, R, S] share a dtype (fp32, fp16, bf16) and have any strides;
+    channels-last ones load fastest. added [N, C, H, W], of any float dtype and strides, is added before the
+    one rounding, to dtype (default: dy's).
+
+    normalized: the input was act(bn(z)); then the gradient goes on through the activation, and the result is
+    (dv, sums): dv = (dx + added) · act'(bn(z)) in place of dx, and sums [2, C] fp32 = Σ dv and
+    Σ dv · (z - mean) · rstd over N, H and W, of dv as rounded.
+
+    config: one of ``conv_input_gradient.configs``, or None to have it chosen. Raises ``ValueError`` or
+    ``TypeError`` for arguments that are no convolution's, ``UnsupportedConfig`` for a config that misfits.
+    """
+    shape = _checked_shape(dy, "weight", weight, input_shape, weight.shape, stride, padding, dilation, groups)
+    _check_like_input("added", added, shape, dy)
+    if normalized is not None:
+        _check_like_input("z", normalized.z, shape, dy)
+        normalized = Normalized(normalized.z, _checked_prologue(normalized.prologue, shape))
+    dtype = dy.dtype if dtype is None else dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; supported: float32, float16, bfloat16")
+    if kernel_of(shape) == "depthwise":
+        from fastnets.kernels.depthwise_backward import depthwise_input_gradient
+
+        return depthwise_input_gradient(
+            dy, weight, input_shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            added=added, normalized=normalized, dtype=dtype, config=config,
+        )  # fmt: skip
+    precision = product_precision(dy)
+    dx, sums = input_gradient(
+        InputGradientCall(shape, dy, weight, added, normalized, dtype, precision, config)
+    )
+    return dx if normalized is None else (dx, sums)
+
+
+def _checked_shape(dy, name, operand, x, weight, stride, padding, dilation, groups) -> ConvShape:
+    """The convolution of x [N, C, H, W] (a shape) under weight (a shape) whose output's gradient is dy."""
+    shape = convolution_shape(x, weight, stride, padding, dilation, groups)
+    if dy.shape != (shape.N, shape.K, shape.P, shape.Q):
+        raise ValueError(
+            f"dy has shape {list(dy.shape)}, but x {list(x)} under weight {list(weight)} gives "
+            f"{[shape.N, shape.K, shape.P, shape.Q]}"
+        )
+    if dy.dtype not in _DTYPES:
+        raise TypeError(f"dy is {dy.dtype}; supported: float32, float16, bfloat16")
+    if operand.dtype != dy.dtype:
+        raise TypeError(f"{name} is {operand.dtype} but dy is {dy.dtype}; cast one of them")
+    return shape
+
+
+def _check_like_input(name: str, tensor: torch.Tensor | None, shape: ConvShape, dy: torch.Tensor) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != (shape.N, shape.C, shape.H, shape.W):
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, expected that of the input, "
+            f"{[shape.N, shape.C, shape.H, shape.W]}; expand it"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} is {tensor.dtype}; supported: float32, float16, bfloat16")
+
+
+def _checked_prologue(prologue: Prologue, shape: ConvShape) -> Prologue:
+    """The prologue with its vectors contiguous."""
+    check_activation(prologue.activation)
+    for name, vector in zip(Prologue._fields, prologue.tensors):
+        if vector is not None and vector.shape != (shape.C,):
+            raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{shape.C}]")
+    vectors = (v if v is None else v.contiguous() for v in prologue.tensors)
+    return Prologue(*vectors, prologue.activation, prologue.negative_slope)

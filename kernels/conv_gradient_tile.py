@@ -1,0 +1,115 @@
+"""How a tile of an input gradient begins and ends: which taps reach its pixels, what follows the products.
+
+The epilogue, on the fp32 accumulator, with every term but the first optional:
+
+    g  = dx + added                                        the gradient that came another way
+    dv = g · act'(u),  u = (z - mean) · rstd · bn_weight + bn_bias
+    sums = Σ dv, Σ dv · (z - mean) · rstd                  per channel, of the rounded dv
+
+The last two are the first half of the backward pass of the batch norm and activation that made the
+convolution's input from z: they cost no pass of their own. Each tile adds its rows, ``partial_sums`` adds the
+tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from fastnets.kernels.activation import activation_backward
+
+__all__ = ["class_taps", "finish_gradient"]
+
+
+@triton.jit
+def class_taps(
+    first, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """One dimension of the class of pixels first, first + STRIDE, ...: (r, taps, p).
+
+    Taps r, r + STEP, ... reach the class; pixel first lies under tap r of output p, which may be negative.
+    """
+    residue = (first + PAD) % STRIDE
+    r = first * 0 + R
+    CANDIDATES: tl.constexpr = STEP if STEP < R else R
+    for candidate in tl.static_range(CANDIDATES):
+        r = tl.where(residue == candidate * DILATION % STRIDE, candidate, r)
+    taps = (R - r + STEP - 1) // STEP
+    # Exact, and of something positive: R·DILATION is added before and taken off behind.
+    p = (first + PAD + R * DILATION * STRIDE - r * DILATION) // STRIDE - R * DILATION
+    return r, taps, p
+
+
+@triton.jit
+def finish_gradient(
+    acc, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized, negative_slope, sums,
+    VECTOR: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, ACTIVATION: tl.constexpr,
+    INDEX: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of acc [BLOCK_M, BLOCK_N], stored to the rows ``pixel`` of dx, a row-major [N·H·W, pitch].
+
+    Columns are a group's channels c < C from first_c on; channel is the group's first. added: (pointer or
+    None, its strides n, c, h, w). normalized: (z or None, its strides, mean, rstd, bn_weight, bn_bias); then
+    sums [tiles, 2, pitch] takes this tile's. DENSE_*: lies as dx does. HALVES: see ``conv_tile.finish_tile``.
+    """
+    if HALVES:
+        BLOCK_M: tl.constexpr = acc.shape[0]
+        BLOCK_N: tl.constexpr = acc.shape[1]
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        _finish_columns(
+            left, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized,
+            negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX,
+        )  # fmt: skip
+        _finish_columns(
+            right, pixel, inside_m, first_c + BLOCK_N // 2, C, channel, tile, dx, pitch, H, W, added,
+            normalized, negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX,
+        )  # fmt: skip
+    else:
+        _finish_columns(
+            acc, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized,
+            negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish_columns(
+    acc, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized, negative_slope, sums,
+    VECTOR: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, ACTIVATION: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    c = first_c + tl.arange(0, acc.shape[1])
+    inside_c = c < C
+    inside = inside_m[:, None] & inside_c[None, :]
+    c = (channel + c).to(INDEX)
+    offsets = (pixel * pitch)[:, None] + c[None, :]
+    added, added_n, added_c, added_h, added_w = added
+    if added is not None:
+        lies_at = offsets
+        if not DENSE_ADDED:
+            rows = pixel // W // H * added_n + pixel // W % H * added_h + pixel % W * added_w
+            lies_at = rows[:, None] + (c * added_c)[None, :]
+        acc += tl.load(added + lies_at, mask=inside, other=0.0).to(tl.float32)
+    z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias = normalized
+    if z is None:
+        tl.store(dx + offsets, acc.to(dx.dtype.element_ty), mask=inside)
+    else:
+        lies_at = offsets
+        if not DENSE_Z:
+            rows = pixel // W // H * z_n + pixel // W % H * z_h + pixel % W * z_w
+            lies_at = rows[:, None] + (c * z_c)[None, :]
+        centred = tl.load(z + lies_at, mask=inside, other=0.0).to(tl.float32)
+        centred -= tl.load(mean + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+        rstd_c = tl.load(rstd + c, mask=inside_c, other=0.0).to(tl.float32)
+        if ACTIVATION != "none":
+            scale = rstd_c
+            if bn_weight is not None:
+                scale *= tl.load(bn_weight + c, mask=inside_c, other=0.0).to(tl.float32)
+            u = centred * scale[None, :]
+            if bn_bias is not None:
+                u += tl.load(bn_bias + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+            acc = activation_backward(acc, u, ACTIVATION, negative_slope)
+        rounded = acc.to(dx.dtype.element_ty)
+        tl.store(dx + offsets, rounded, mask=inside)
+        dv = tl.where(inside, rounded.to(tl.float32), 0.0)
+        to = sums + tile.to(INDEX) * 2 * pitch + c
+        tl.store(to, tl.sum(dv, axis=0), mask=inside_c)
+        tl.store(to + pitch, tl.sum(dv * centred, axis=0) * rstd_c, mask=inside_c)
