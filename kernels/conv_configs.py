@@ -23,7 +23,11 @@ __all__ = [
     "groups_per_tile",
     "kernel_configs",
     "kernel_of",
+    "predicted_seconds",
+    "products_of",
     "representative",
+    "seconds_of_tiles",
+    "suits",
     "table_configs",
 ]
 
@@ -71,6 +75,29 @@ _TABLES = {
     ),
     ("packed", "tf32"): ((64, 64, 64, 4, 2, (1,)), (128, 32, 32, 4, 3, (1,)), (64, 32, 32, 4, 3, (1,))),
     ("packed", "fma"): ((32, 32, 32, 4, 2, (1,)), (64, 32, 32, 4, 2, (1,))),
+    # Of a weight's gradient: filters, columns of taps and channels, pixels.
+    ("weight gradient", "16-bit"): (
+        (128, 128, 64, 8, 3, (1,)),
+        (128, 128, 32, 4, 4, (1,)),
+        (128, 64, 64, 4, 3, (1,)),
+        (64, 128, 64, 4, 3, (1,)),
+        (64, 64, 64, 4, 4, (1,)),
+        (64, 64, 32, 4, 4, (1,)),
+        (32, 64, 64, 4, 4, (1,)),
+        (64, 32, 64, 4, 4, (1,)),
+        (32, 32, 64, 4, 4, (1,)),
+    ),
+    ("weight gradient", "tf32"): (
+        (64, 64, 32, 4, 3, (1,)),
+        (32, 64, 32, 4, 3, (1,)),
+        (64, 32, 32, 4, 3, (1,)),
+        (32, 32, 32, 4, 4, (1,)),
+    ),
+    ("weight gradient", "fma"): (
+        (64, 64, 16, 8, 3, (1,)),
+        (32, 64, 16, 4, 3, (1,)),
+        (32, 32, 16, 4, 3, (1,)),
+    ),
     ("tensor map", "16-bit"): (
         (128, 128, 64, 8, 3, (1,)),
         (128, 128, 64, 4, 4, (1,)),
@@ -208,7 +235,7 @@ def choose_config(
 def predicted_seconds(
     shape: ConvShape, config: Config, element_size: int, precision: str, device: Device
 ) -> float:
-    """A roofline of the busiest multiprocessor, and what tails and latencies add to it."""
+    """``seconds_of_tiles`` for the tiles of a convolution, and for split-K's second pass."""
     BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K = (config[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
     columns = shape.groups * math.ceil(shape.group_outputs / BLOCK_N)
     blocks = shape.taps * math.ceil(shape.group_channels / BLOCK_K)
@@ -223,8 +250,20 @@ def predicted_seconds(
     if SPLIT_K > 1 and (2 * tiles > device.multiprocessors or SPLIT_K > blocks // 4):
         return math.inf
     blocks = math.ceil(blocks / SPLIT_K)
-    tiles *= SPLIT_K
+    seconds = seconds_of_tiles(config, tiles * SPLIT_K, blocks, element_size, precision, device)
+    if SPLIT_K > 1:
+        seconds += 4e-6 + 2 * 4 * SPLIT_K * shape.M * shape.K / (1e9 * device.dram_bandwidth)
+    return seconds
 
+
+def seconds_of_tiles(
+    config: Config, tiles: int, blocks: int, element_size: int, precision: str, device: Device
+) -> float:
+    """A roofline of the busiest multiprocessor, and what tails and latencies add to it.
+
+    tiles: programs, of ``blocks`` steps of BLOCK_K each.
+    """
+    BLOCK_M, BLOCK_N, BLOCK_K = (config[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     shared = config.num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * element_size
     registers = min(255, 64 + BLOCK_M * BLOCK_N // (32 * config.num_warps))
     resident = max(1, device.blocks_resident(config.num_warps, shared, registers))
@@ -248,10 +287,7 @@ def predicted_seconds(
     # Every column block has its barriers and addresses, about 90 instructions a warp; every round of tiles
     # its prologue and epilogue.
     overhead = 1.6e-8 * config.num_warps
-    seconds = tiles_each * (blocks * (max(multiply, load) * waiting + overhead) + store) + rounds * 1.5e-6
-    if SPLIT_K > 1:
-        seconds += 4e-6 + 2 * 4 * SPLIT_K * shape.M * shape.K / (1e9 * device.dram_bandwidth)
-    return seconds
+    return tiles_each * (blocks * (max(multiply, load) * waiting + overhead) + store) + rounds * 1.5e-6
 
 
 def reduce_config(shape: ConvShape) -> Config:
