@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_configs import (
     choose_config,
     config_for,
@@ -37,8 +38,22 @@ from fastnets.kernels.conv_configs import (
     reduce_config,
     representative,
 )
-from fastnets.kernels.conv_shape import SIZES, ConvCall, ConvShape, ceil_div, conv_call
-from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
+from fastnets.kernels.conv_shape import (
+    NO_STATISTICS,
+    SIZES,
+    ConvCall,
+    ConvShape,
+    ceil_div,
+    conv_call,
+)
+from fastnets.kernels.conv_tile import (
+    aligned,
+    finish_tile,
+    normalized,
+    tile_of_program,
+    window_origin,
+    within,
+)
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, launch
 
@@ -51,11 +66,12 @@ def conv_kernel(
     M, C, H, W, K, P, Q, y_pitch,
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s,
     residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
+    mean, m2, count, x_mean, x_rstd, x_bn_weight, x_bn_bias, x_slope,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     VECTOR_X: tl.constexpr, VECTOR_WEIGHT: tl.constexpr, VECTOR_Y: tl.constexpr,
     EVEN_C: tl.constexpr, FLAT_X: tl.constexpr, FLAT_WEIGHT: tl.constexpr, DENSE_RESIDUAL: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, X_ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +79,9 @@ def conv_kernel(
 
     Grid (tiles, groups, SPLIT_K). C and K are those of one group. With SPLIT_K > 1, y is the fp32 workspace
     [SPLIT_K, M, y_pitch] of partial sums.
+
+    mean, m2, count: where the statistics of the tile's rows go, or None. x_mean to x_slope: how x is
+    normalised while it is loaded, or None.
 
     VECTOR_*: elements of an aligned vector access. EVEN_C: C is a multiple of BLOCK_K. FLAT_X: windows are
     single pixels in one run, x_w apart. FLAT_WEIGHT: each filter is one run of R·S·C. WIDE: offsets need 64
@@ -150,6 +169,10 @@ def conv_kernel(
         b_pointers = (weight + weight_here) + (filters[None, :] + (channels * weight_c)[:, None])
         a = tl.load(a_pointers, mask=valid[:, None] & present[None, :], other=0.0)
         b = tl.load(b_pointers, mask=present[:, None], other=0.0)
+        if x_mean is not None:
+            vectors = (x_mean, x_rstd, x_bn_weight, x_bn_bias)
+            inside = valid[:, None] & present[None, :]
+            a = normalized(a, group * C + c + lanes, present, inside, vectors, x_slope, X_ACTIVATION)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
         c += BLOCK_K
@@ -171,6 +194,9 @@ def conv_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
     added = (residual, residual_n, residual_k, residual_p, residual_q, P, Q)
+    statistics = None
+    if mean is not None:
+        statistics = (mean, m2, count, tile_m, M)
     if SPLIT_K > 1:
         # Partial sums go to the workspace as they are; conv_reduce_kernel finishes them.
         y += tl.program_id(2).to(INDEX) * M * y_pitch
@@ -181,21 +207,25 @@ def conv_kernel(
     else:
         finish_tile(
             acc, m, m < M, tile_n * BLOCK_N, K, group * K, y, y_pitch, vectors, eps, added, negative_slope,
-            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES, statistics,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_reduce_kernel(
     partial, y, bias, running_mean, running_var, bn_weight, bn_bias, residual, M, K, P, Q,
-    residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
+    residual_n, residual_k, residual_p, residual_q, eps, negative_slope, mean, m2, count,
     SPLIT_K: tl.constexpr, VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y [M, K] = epilogue(Σ partial [SPLIT_K, M, K]): grid (row tiles, column tiles)."""
+    """y [M, K] = epilogue(Σ partial [SPLIT_K, M, K]): grid (row tiles, column tiles).
+
+    mean, m2, count: as in ``conv_kernel``.
+    """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     K = aligned(K, VECTOR_Y, tl.int32)
-    m = tl.program_id(0).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_m = tl.program_id(0).to(INDEX)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (m < M)[:, None] & (k < K)[None, :]
     offsets = (m * K)[:, None] + k[None, :]
@@ -204,9 +234,12 @@ def conv_reduce_kernel(
         acc += tl.load(partial + offsets + share * (M.to(INDEX) * K), mask=inside, other=0.0)
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
     added = (residual, residual_n, residual_k, residual_p, residual_q, P, Q)
+    statistics = None
+    if mean is not None:
+        statistics = (mean, m2, count, tile_m, M)
     finish_tile(
         acc, m, m < M, tl.program_id(1) * BLOCK_N, K, 0, y, K, vectors, eps, added, negative_slope,
-        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, False,
+        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, False, statistics,
     )  # fmt: skip
 
 
@@ -256,20 +289,23 @@ def conv_bn_act(
     if kernel == "joint":
         from fastnets.kernels.conv_joint import joint_conv
 
-        return joint_conv(call)
+        return joint_conv(call)[0]
     if kernel == "packed":
         from fastnets.kernels.conv_grouped import packed_conv
 
-        return packed_conv(call)
-    return taps_conv(call)
+        return packed_conv(call)[0]
+    return taps_conv(call)[0]
 
 
-def taps_conv(call: ConvCall) -> torch.Tensor:
-    """Runs ``conv_kernel``, and ``conv_reduce_kernel`` after it where the config splits the columns."""
+def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
+    """Runs ``conv_kernel``, and ``conv_reduce_kernel`` after it where the config splits the columns.
+
+    Returns y, and the statistics of its row tiles: None in place of each tensor unless call.statistics.
+    """
     shape = call.shape
     y = call.empty_output()
     if y.numel() == 0:
-        return y
+        return y, call.empty_statistics(0)
     flags = call.flags(y)
     config = config_for(call, flags)
     C, K, M, SPLIT_K = shape.group_channels, shape.group_outputs, shape.M, config.SPLIT_K
@@ -277,12 +313,18 @@ def taps_conv(call: ConvCall) -> torch.Tensor:
     if SPLIT_K > 1:
         out = torch.empty((SPLIT_K, M, shape.K), dtype=torch.float32, device=y.device)
         flags = call.flags(out)
+    finishing = reduce_config(shape) if SPLIT_K > 1 else config
+    tiles_m = ceil_div(M, finishing.BLOCK_M)
+    moments = call.empty_statistics(tiles_m)
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s, *residual_strides = call.strides()
     even = C % config.BLOCK_K == 0
     run = weight_c == 1 and (shape.S == 1 or weight_s == C) and (shape.R == 1 or weight_r == shape.S * C)
     pitch = None
     if shape.taps == 1 and shape.padding == (0, 0) and shape.stride == (1, 1):
         pitch = pixel_pitch(shape, x_n, x_h, x_w)
+    before = call.prologue
+    prologue = (None,) * 5 if before is None else (*before.tensors, before.negative_slope)
+    reads = (call.x, call.weight, *prologue[:4])
     tiles = ceil_div(M, config.BLOCK_M) * ceil_div(K, config.BLOCK_N)
     launch(
         conv_kernel, (tiles, shape.groups, SPLIT_K),
@@ -290,20 +332,23 @@ def taps_conv(call: ConvCall) -> torch.Tensor:
         M, C, shape.H, shape.W, K, shape.P, shape.Q, shape.K,
         x_n, x_c, x_h, x_w if pitch is None else pitch, weight_k, weight_c, weight_r, weight_s,
         *residual_strides, call.eps, call.negative_slope,
-        config=config, writes=(out,), flops=shape.flops,
-        reads=(call.x, call.weight) if SPLIT_K > 1 else (call.x, call.weight, *call.vectors, call.residual),
-        EVEN_C=even, FLAT_X=pitch is not None, FLAT_WEIGHT=even and run, **flags,
+        *(NO_STATISTICS if SPLIT_K > 1 else moments), *prologue,
+        config=config, flops=shape.flops,
+        reads=reads if SPLIT_K > 1 else (*reads, *call.vectors, call.residual),
+        writes=(out,) if SPLIT_K > 1 else (out, *moments),
+        EVEN_C=even, FLAT_X=pitch is not None, FLAT_WEIGHT=even and run,
+        X_ACTIVATION="none" if before is None else before.activation, **flags,
     )  # fmt: skip
     if SPLIT_K > 1:
-        second = reduce_config(shape)
         launch(
-            conv_reduce_kernel, (ceil_div(M, second.BLOCK_M), ceil_div(shape.K, second.BLOCK_N)),
+            conv_reduce_kernel, (tiles_m, ceil_div(shape.K, finishing.BLOCK_N)),
             out, y, *call.vectors, call.residual, M, shape.K, shape.P, shape.Q,
-            *residual_strides, call.eps, call.negative_slope,
-            config=second, reads=(out, *call.vectors, call.residual), writes=(y,), SPLIT_K=SPLIT_K,
+            *residual_strides, call.eps, call.negative_slope, *moments,
+            config=finishing, reads=(out, *call.vectors, call.residual), writes=(y, *moments),
+            SPLIT_K=SPLIT_K,
             **{name: flags[name] for name in ("VECTOR_Y", "DENSE_RESIDUAL", "WIDE", "ACTIVATION")},
         )  # fmt: skip
-    return y
+    return y, moments
 
 
 def pixel_pitch(shape: ConvShape, x_n: int, x_h: int, x_w: int) -> int | None:
@@ -324,6 +369,8 @@ def representative_calls() -> list[RepresentativeCall]:
     half, full, contiguous = torch.bfloat16, torch.float32, torch.contiguous_format
     layer = {"x": (8, 64, 28, 28), "filters": (64, 3, 3), "padding": 1}
     same = {**layer, "residual": True}
+    pointwise = {"x": (8, 256, 28, 28), "filters": (64, 1, 1), "statistics": True}
+    strided = {"x": (8, 72, 28, 28), "filters": (128, 1, 1), "stride": 2, "statistics": True}
     call = functools.partial(representative, run=taps_conv)
     return [
         call("3x3", **same),
@@ -338,4 +385,12 @@ def representative_calls() -> list[RepresentativeCall]:
         call("1x1, stride 2", x=(8, 64, 28, 28), filters=(128, 1, 1), stride=2),
         call("7x7 over many channels", x=(8, 64, 28, 28), filters=(64, 7, 7), padding=3),
         call("5x5 in 2 groups", x=(8, 128, 27, 27), filters=(256, 5, 5), padding=2, groups=2),
-    ]
+        call("3x3, statistics", **layer, statistics=True),
+        call("3x3, statistics, fp32", **layer, statistics=True, dtype=full),
+        call("3x3, statistics, TF32", **layer, statistics=True, dtype=full, precision="tf32"),
+        call("1x1, statistics, BN and ReLU before", **pointwise, prologue="relu"),
+        call("1x1, statistics, BN and SiLU before, bf16", **pointwise, prologue="silu", dtype=half),
+        call("1x1, stride 2, odd C, BN before", **strided, prologue="relu"),
+        call("1x1, statistics, BN and ReLU before, fp32", **pointwise, prologue="relu", dtype=full),
+        call("1x1, statistics, BN before, TF32", **pointwise, prologue="relu", dtype=full, precision="tf32"),
+    ]  # fmt: skip

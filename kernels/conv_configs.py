@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastnets.kernels.conv_shape import ConvCall, ConvShape, conv_call
+from fastnets.kernels.conv_shape import ConvCall, ConvShape, Prologue, conv_call
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig
 
@@ -312,11 +312,14 @@ def representative(
     memory_format: torch.memory_format = torch.channels_last,
     residual_format: torch.memory_format = torch.channels_last,
     kernel: str | None = None,
+    statistics: bool = False,
+    prologue: str | None = None,
 ) -> RepresentativeCall:
     """A call with BN on meta tensors, x [N, C, H, W] under filters (K, R, S), for ``representative_calls``.
 
     Its thunk refuses configs of another dtype's table, which no heuristic would pair with it. kernel: the one
-    that ``run`` runs, if it is not ``kernel_of`` the shape.
+    that ``run`` runs, if it is not ``kernel_of`` the shape. statistics: a call of training instead, which
+    writes those of y; prologue: the activation that it applies to BN of x, if any.
     """
 
     def thunk(config: Config | None = None) -> torch.Tensor:
@@ -325,12 +328,16 @@ def representative(
 
         K, R, S = filters
         image, weight = tensor(*x), tensor(K, x[1] // groups, R, S)
-        vectors = (None, *(torch.empty(K, device="meta") for _ in range(4)))
+        vectors = (None, *(None if statistics else torch.empty(K, device="meta") for _ in range(4)))
         P, Q = ((size + 2 * padding - taps) // stride + 1 for size, taps in ((x[2], R), (x[3], S)))
         added = tensor(x[0], K, P, Q).to(memory_format=residual_format) if residual else None
         pair = ((stride, stride), (padding, padding), (1, 1))
-        call = conv_call(image, weight, vectors, added, *pair, groups, 1e-5, activation, 0.01, config)
-        call = dataclasses.replace(call, precision=precision)
+        epilogue = "none" if statistics else activation
+        call = conv_call(image, weight, vectors, added, *pair, groups, 1e-5, epilogue, 0.01, config)
+        before = None
+        if prologue is not None:
+            before = Prologue(*(torch.empty(x[1], device="meta") for _ in range(4)), prologue)
+        call = dataclasses.replace(call, precision=precision, statistics=statistics, prologue=before)
         device = current_device(image)
         products = products_of(image.element_size(), precision, device)
         table = kernel or kernel_of(call.shape)

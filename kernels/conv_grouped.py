@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_configs import (
     config_for,
     groups_per_tile,
@@ -41,7 +42,7 @@ def conv_packed_kernel(
     x, weight, y, bias, running_mean, running_var, bn_weight, bn_bias, residual,
     M, C, H, W, K, P, Q, y_pitch,
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s,
-    residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
+    residual_n, residual_k, residual_p, residual_q, eps, negative_slope, mean, m2, count,
     GROUP_CHANNELS: tl.constexpr, GROUP_OUTPUTS: tl.constexpr, PACK: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -111,18 +112,21 @@ def conv_packed_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
     added = (residual, residual_n, residual_k, residual_p, residual_q, P, Q)
+    statistics = None
+    if mean is not None:
+        statistics = (mean, m2, count, tile_m, M)
     finish_tile(
         acc, m, m < M, 0, outputs_left, bundle * OUTPUTS, y, y_pitch, vectors, eps, added, negative_slope,
-        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES,
+        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES, statistics,
     )  # fmt: skip
 
 
-def packed_conv(call: ConvCall) -> torch.Tensor:
-    """Runs ``conv_packed_kernel`` for a call that ``conv_configs.kernel_of`` gave to it."""
+def packed_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
+    """Runs ``conv_packed_kernel`` for a call that ``conv_configs.kernel_of`` gave to it, as ``taps_conv``."""
     shape = call.shape
     y = call.empty_output()
     if y.numel() == 0:
-        return y
+        return y, call.empty_statistics(0)
     flags = call.flags(y)
     config = config_for(call, flags)
     pack = groups_per_tile(shape, config)
@@ -139,15 +143,17 @@ def packed_conv(call: ConvCall) -> torch.Tensor:
         )
     flags["VECTOR_Y"] = vector_width(y.element_size(), pack * shape.group_outputs, shape.K)
     bundles = ceil_div(shape.groups, pack)
+    tiles_m = ceil_div(shape.M, config.BLOCK_M)
+    moments = call.empty_statistics(tiles_m)
     launch(
-        conv_packed_kernel, (ceil_div(shape.M, config.BLOCK_M) * bundles,),
+        conv_packed_kernel, (tiles_m * bundles,),
         call.x, call.weight, y, *call.vectors, call.residual,
         shape.M, shape.C, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K,
-        x_n, x_c, x_h, x_w, *other_strides, call.eps, call.negative_slope, config=config,
-        reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y,), flops=shape.flops,
+        x_n, x_c, x_h, x_w, *other_strides, call.eps, call.negative_slope, *moments, config=config,
+        reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y, *moments), flops=shape.flops,
         GROUP_CHANNELS=shape.group_channels, GROUP_OUTPUTS=shape.group_outputs, PACK=pack, **flags,
     )  # fmt: skip
-    return y
+    return y, moments
 
 
 def configs(device: Device) -> list[Config]:
@@ -168,4 +174,6 @@ def representative_calls() -> list[RepresentativeCall]:
         call("1x1, 8 groups of 8", x=(8, 64, 28, 28), filters=(64, 1, 1), groups=8, residual=True),
         call("3x3, 32 groups of 4, fp32", **layer, dtype=torch.float32),
         call("3x3, 32 groups of 4, TF32", **layer, dtype=torch.float32, precision="tf32"),
+        call("3x3, 32 groups of 4, statistics", **layer, statistics=True),
+        call("3x3, 32 groups of 4, statistics, fp32", **layer, statistics=True, dtype=torch.float32),
     ]  # fmt: skip

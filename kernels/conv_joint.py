@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_configs import config_for, kernel_configs, representative
 from fastnets.kernels.conv_shape import SIZES, ConvCall, ceil_div
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
@@ -31,7 +32,7 @@ def conv_joint_kernel(
     x, weight, y, bias, running_mean, running_var, bn_weight, bn_bias, residual,
     M, H, W, K, P, Q, y_pitch,
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s,
-    residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
+    residual_n, residual_k, residual_p, residual_q, eps, negative_slope, mean, m2, count,
     C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     VECTOR_X: tl.constexpr, VECTOR_WEIGHT: tl.constexpr, VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr,
@@ -96,31 +97,36 @@ def conv_joint_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
     added = (residual, residual_n, residual_k, residual_p, residual_q, P, Q)
+    statistics = None
+    if mean is not None:
+        statistics = (mean, m2, count, tile_m, M)
     finish_tile(
         acc, m, m < M, tile_n * BLOCK_N, K, 0, y, y_pitch, vectors, eps, added, negative_slope,
-        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES,
+        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES, statistics,
     )  # fmt: skip
 
 
-def joint_conv(call: ConvCall) -> torch.Tensor:
-    """Runs ``conv_joint_kernel`` for a call that ``conv_configs.kernel_of`` gave to it."""
+def joint_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
+    """Runs ``conv_joint_kernel`` for a call that ``conv_configs.kernel_of`` gave to it, as ``taps_conv``."""
     shape = call.shape
     y = call.empty_output()
     if y.numel() == 0:
-        return y
+        return y, call.empty_statistics(0)
     flags = call.flags(y)
     config = config_for(call, flags)
     if config.SPLIT_K > 1:
         raise UnsupportedConfig(f"SPLIT_K={config.SPLIT_K}: {shape.C} channels make too few columns to split")
-    tiles = ceil_div(shape.M, config.BLOCK_M) * ceil_div(shape.K, config.BLOCK_N)
+    tiles_m = ceil_div(shape.M, config.BLOCK_M)
+    moments = call.empty_statistics(tiles_m)
     launch(
-        conv_joint_kernel, (tiles,), call.x, call.weight, y, *call.vectors, call.residual,
+        conv_joint_kernel, (tiles_m * ceil_div(shape.K, config.BLOCK_N),),
+        call.x, call.weight, y, *call.vectors, call.residual,
         shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K,
-        *call.strides(), call.eps, call.negative_slope, config=config,
-        reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y,), flops=shape.flops,
+        *call.strides(), call.eps, call.negative_slope, *moments, config=config,
+        reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y, *moments), flops=shape.flops,
         C=shape.C, **flags,
     )  # fmt: skip
-    return y
+    return y, moments
 
 
 def configs(device: Device) -> list[Config]:
@@ -142,5 +148,7 @@ def representative_calls() -> list[RepresentativeCall]:
         call("5x5 over 6 channels, no padding", x=(8, 6, 14, 14), filters=(16, 5, 5), activation="tanh"),
         call("3x3 over 24 channels", x=(8, 24, 56, 56), filters=(24, 3, 3), padding=1,
              residual=True, activation="silu"),
+        call("7x7/2, statistics", **stem, statistics=True),
+        call("7x7/2, statistics, fp32", **stem, statistics=True, dtype=full),
         call("3x3 past 2^31 elements", x=(65536, 3, 112, 112), filters=(64, 3, 3), padding=1),
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fastnets.kernels.activation import check_activation
+from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.launch import Config
 
 __all__ = [
@@ -114,12 +115,19 @@ class ConvCall:
     config: Config | None
     precision: str
     """Of fp32 products: "ieee", or "tf32" where torch's switch for convolutions allows it."""
+    prologue: Prologue | None = None
+    statistics: bool = False
+    """Whether the statistics of y are asked for."""
 
     def empty_output(self) -> torch.Tensor:
         """y [N, K, P, Q], dense channels-last, of x's dtype and device."""
         shape = self.shape
         size = (shape.N, shape.K, shape.P, shape.Q)
         return torch.empty(size, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
+
+    def empty_statistics(self, tiles: int) -> Statistics:
+        """Where the epilogue writes the statistics of y's row tiles, or ``NO_STATISTICS``."""
+        return empty_statistics(tiles, self.shape.K, self.x.device) if self.statistics else NO_STATISTICS
 
     def strides(self) -> tuple[int, ...]:
         """Of x, weight and residual in their order of dimensions: twelve numbers."""
@@ -266,6 +274,17 @@ def conv_call(
     vectors = tuple(v if v is None or v.is_contiguous() else v.contiguous() for v in vectors)
     precision = product_precision(x)
     return ConvCall(shape, x, weight, vectors, residual, eps, activation, negative_slope, config, precision)
+
+
+# What kernels take for mean, m2 and count where nobody asks for statistics.
+NO_STATISTICS = Statistics(None, None, None)
+
+
+def empty_statistics(tiles: int, channels: int, device: torch.device) -> Statistics:
+    """Where a convolution's epilogue writes the statistics of its output, tile by tile."""
+    size = (tiles, channels)
+    mean, m2 = (torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
+    return Statistics(mean, m2, torch.empty(tiles, dtype=torch.float32, device=device))
 
 
 def stepping(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,6 +6,10 @@ The epilogue, on the fp32 accumulator and before the one rounding, with every te
 
 This is eager's act(bn(conv(x) + bias) + residual). BN's own four vectors are read, so nothing folded can go
 stale. The mean is subtracted before scaling: folded into beta it would cancel where it is large.
+
+In training the epilogue also says, of every channel of its tile, what batch norm asks of the *stored* values:
+their mean, and the sum of squared deviations from it. And a tile of the input may be normalised while it is
+loaded (``normalized``), where only the statistics of an earlier convolution's output are known yet.
 """
 
 import triton
@@ -13,7 +17,15 @@ import triton.language as tl
 
 from fastnets.kernels.activation import activate
 
-__all__ = ["aligned", "finish_tile", "tile_of_program", "window_origin", "within"]
+__all__ = [
+    "aligned",
+    "finish_tile",
+    "moments",
+    "normalized",
+    "tile_of_program",
+    "window_origin",
+    "within",
+]
 
 
 @triton.jit
@@ -27,9 +39,9 @@ def tile_of_program(
     Programs that run together cover a band GROUP_M tiles high rather than one long row of tiles, so that
     they share both windows and weights in L2.
     """
+    columns = tl.cdiv(K, BLOCK_N)
     if program is None:
         program = tl.program_id(0)
-    columns = tl.cdiv(K, BLOCK_N)
     band = program // (GROUP_M * columns)
     place = program % (GROUP_M * columns)
     height = tl.minimum(tl.cdiv(M, BLOCK_M) - band * GROUP_M, GROUP_M)
@@ -62,10 +74,36 @@ def within(position, extent):
 
 
 @triton.jit
+def normalized(x, c, inside_c, inside, vectors, negative_slope, ACTIVATION: tl.constexpr):
+    """act(bn(x)) of a tile x [rows, channels] in x's dtype, as if it had been stored; 0 where not inside.
+
+    c: the channels, where inside_c. vectors: pointers (mean, rstd, bn_weight or None, bn_bias or None).
+    """
+    mean, rstd, bn_weight, bn_bias = vectors
+    value = x.to(tl.float32) - tl.load(mean + c, mask=inside_c, other=0.0)[None, :]
+    scale = tl.load(rstd + c, mask=inside_c, other=0.0)
+    if bn_weight is not None:
+        scale *= tl.load(bn_weight + c, mask=inside_c, other=0.0).to(tl.float32)
+    value *= scale[None, :]
+    if bn_bias is not None:
+        value += tl.load(bn_bias + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+    return tl.where(inside, activate(value, ACTIVATION, negative_slope), 0.0).to(x.dtype)
+
+
+@triton.jit
+def moments(total, deviations, squares, count):
+    """(mean, M2) of count values from a rough mean's total and the sums of deviations from it.
+
+    A rough mean, rounded, is off by as much as small deviations are; what is left of them corrects both.
+    """
+    return total / count + deviations / count, squares - deviations * deviations / count
+
+
+@triton.jit
 def finish_tile(
     acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
-    HALVES: tl.constexpr,
+    HALVES: tl.constexpr, statistics=None,
 ):  # fmt: skip
     """The epilogue of acc [BLOCK_M, BLOCK_N], stored to y, a row-major [M, y_pitch].
 
@@ -73,7 +111,8 @@ def finish_tile(
     the group's first output channel.
     vectors: (bias, running_mean, running_var, bn_weight, bn_bias), pointers or None. residual: (pointer or
     None, its strides n, k, p, q, P, Q); DENSE_RESIDUAL where it lies as y does. HALVES: finish the left half
-    of the columns before the right, which takes half the registers beside the accumulator.
+    of the columns before the right, which takes half the registers beside the accumulator. statistics: None,
+    or (pointers mean, m2 [T, y_pitch] and count [T]; this row tile's number among T; rows in all).
     """
     if HALVES:
         BLOCK_M: tl.constexpr = acc.shape[0]
@@ -81,16 +120,16 @@ def finish_tile(
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         finish_columns(
             left, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
-            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics,
         )  # fmt: skip
         finish_columns(
             right, m, inside_m, first_k + BLOCK_N // 2, K, channel, y, y_pitch, vectors, eps, residual,
-            negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
+            negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics,
         )  # fmt: skip
     else:
         finish_columns(
             acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
-            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics,
         )  # fmt: skip
 
 
@@ -98,6 +137,7 @@ def finish_tile(
 def finish_columns(
     acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
+    statistics,
 ):  # fmt: skip
     bias, running_mean, running_var, bn_weight, bn_bias = vectors
     k = first_k + tl.arange(0, acc.shape[1])
@@ -130,4 +170,18 @@ def finish_columns(
             lies_at = pixels[:, None] + (k * residual_k)[None, :]
             acc += tl.load(added + lies_at, mask=inside, other=0.0).to(tl.float32)
     acc = activate(acc, ACTIVATION, negative_slope)
-    tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=inside)
+    y_pointers = y + offsets
+    stored = acc.to(y.dtype.element_ty)
+    tl.store(y_pointers, stored, mask=inside)
+
+    if statistics is not None:
+        mean, m2, count, tile, M = statistics
+        value = tl.where(inside_m[:, None], stored.to(tl.float32), 0.0)
+        rows = tl.minimum(M - tile * acc.shape[0], acc.shape[0]).to(tl.float32)
+        total = tl.sum(value, 0)
+        deviation = tl.where(inside_m[:, None], value - (total / rows)[None, :], 0.0)
+        exact, squares = moments(total, tl.sum(deviation, 0), tl.sum(deviation * deviation, 0), rows)
+        of_tile = tile.to(INDEX) * y_pitch + k
+        tl.store(mean + of_tile, exact, mask=inside_k)
+        tl.store(m2 + of_tile, squares, mask=inside_k)
+        tl.store(count + tile, rows, mask=channel + first_k == 0)

@@ -27,6 +27,9 @@ import triton
 import triton.language as tl
 
 from fastnets.kernels.activation import activate, check_activation
+from fastnets.kernels.batch_norm_training import Statistics
+from fastnets.kernels.conv_shape import NO_STATISTICS, empty_statistics
+from fastnets.kernels.conv_tile import moments
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch, tiles
 
@@ -58,57 +61,20 @@ def is_used(row, pixels, stride, dilation, taps):
     do_not_specialize_on_alignment=["x_c", "w_k", "r_k"],
 )
 def depthwise_conv_kernel(
-    x,
-    weight,
-    y,
-    residual,
-    bias,
-    mean,
-    var,
-    bn_weight,
-    bn_bias,
-    columns_total,
-    k_units,
-    H,
-    W,
-    P,
-    Q,
-    p_tiles,
-    pad_h,
-    pad_w,
+    x, weight, y, residual, bias, mean, var, bn_weight, bn_bias,
+    columns_total, k_units, H, W, P, Q, p_tiles, pad_h, pad_w,
     # Strides: those of channels in elements, the others in units of the tensor's VEC.
-    x_n,
-    x_c,
-    x_h,
-    x_w,
-    w_k,
-    w_r,
-    w_s,
-    r_n,
-    r_k,
-    r_p,
-    r_q,
-    eps,
-    negative_slope,
+    x_n, x_c, x_h, x_w, w_k, w_r, w_s, r_n, r_k, r_p, r_q,
+    eps, negative_slope,
+    # Where the statistics of the tile's pixels go, or None: [T, K], [T, K] and [T].
+    tile_mean, tile_m2, tile_count,
     ACTIVATION: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
-    UNROLL_ROWS: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, MULTIPLIER: tl.constexpr, UNROLL_ROWS: tl.constexpr,
     # Elements per access: VEC divides K; X_VEC, W_VEC and R_VEC divide the strides of x, weight and residual.
-    VEC: tl.constexpr,
-    X_VEC: tl.constexpr,
-    W_VEC: tl.constexpr,
-    R_VEC: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    VEC: tl.constexpr, X_VEC: tl.constexpr, W_VEC: tl.constexpr, R_VEC: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     K = k_units * VEC
     k_tiles = tl.cdiv(K, BLOCK_K)
@@ -194,6 +160,8 @@ def depthwise_conv_kernel(
 
     if WIDE_OFFSETS:
         k = k.to(tl.int64)
+    finished = ()
+    pixels = 0.0
     for p in tl.static_range(BLOCK_P):
         value = (sums[p] + before) * scale + after
         mask = (m_mask & (p0 + p < P))[:, None] & k_mask[None, :]
@@ -203,7 +171,29 @@ def depthwise_conv_kernel(
             value += tl.load(residual + r_offset, mask=mask, other=0.0).to(tl.float32)
         value = activate(value, ACTIVATION, negative_slope)
         y_pixel = ((n * P + p0 + p) * Q + q) * k_units * VEC
-        tl.store(y + y_pixel[:, None] + k[None, :], value.to(y.dtype.element_ty), mask=mask)
+        y_pointers = y + y_pixel[:, None] + k[None, :]
+        stored = value.to(y.dtype.element_ty)
+        tl.store(y_pointers, stored, mask=mask)
+        if tile_mean is not None:
+            finished = finished + (tl.where(mask, stored.to(tl.float32), 0.0),)
+            pixels += tl.sum((m_mask & (p0 + p < P)).to(tl.float32), 0)
+
+    if tile_mean is not None:
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for p in tl.static_range(BLOCK_P):
+            total += tl.sum(finished[p], 0)
+        rough = (total / pixels)[None, :]
+        deviation = tl.zeros((BLOCK_K,), tl.float32)
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+        for p in tl.static_range(BLOCK_P):
+            apart = tl.where((m_mask & (p0 + p < P))[:, None], finished[p] - rough, 0.0)
+            deviation += tl.sum(apart, 0)
+            squares += tl.sum(apart * apart, 0)
+        exact, squares = moments(total, deviation, squares, pixels)
+        of_tile = column_tile.to(tl.int64) * K + k
+        tl.store(tile_mean + of_tile, exact, mask=k_mask)
+        tl.store(tile_m2 + of_tile, squares, mask=k_mask)
+        tl.store(tile_count + column_tile, pixels, mask=pid % k_tiles == 0)
 
 
 # 1024 outputs of one row per block of 4 warps: in 16-bit types, one 16-byte vector of channels a thread.
@@ -244,6 +234,7 @@ class Plan:
     sizes_and_strides: tuple[int, ...] = ()
     constexprs: dict = field(default_factory=dict)
     flops: int = 0
+    column_tiles: int = 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -268,6 +259,7 @@ def _plan(
         # Left to itself, ptxas spills on some architectures to fit one more block.
         config = config.replace(maxnreg=255)
     columns = N * tiles(P, block_p) * Q
+    column_tiles = tiles(columns, config.BLOCK_M)
     vec = _power_of_two_divisor(16 // itemsize, K)
     x_units, x_vec = _in_units(x_shape, x_strides, vec if K == C else 1)
     residual_units, residual_vec = (0, 0, 0, 0), 1
@@ -278,7 +270,7 @@ def _plan(
     w_vec = _power_of_two_divisor(vec, w_r, w_s) if w_k == 1 else 1
     return Plan(
         output,
-        grid=(tiles(columns, config.BLOCK_M) * tiles(K, config.BLOCK_K),),
+        grid=(column_tiles * tiles(K, config.BLOCK_K),),
         config=config,
         sizes_and_strides=(
             *(columns, K // vec, H, W, P, Q, tiles(P, block_p), *padding),
@@ -301,6 +293,7 @@ def _plan(
             "WIDE_OFFSETS": 2 * extent >= 2**31,
         },
         flops=2 * N * K * P * Q * R * S,
+        column_tiles=column_tiles,
     )
 
 
@@ -333,55 +326,53 @@ def depthwise_conv_bn_act(
 
     Raises ``ValueError`` and ``TypeError`` for what does not fit.
     """
+    return depthwise_conv(
+        x, weight, (bias, running_mean, running_var, bn_weight, bn_bias), residual, stride, padding, dilation,
+        groups, eps, activation, negative_slope, config,
+    )[0]  # fmt: skip
+
+
+def depthwise_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    vectors: tuple[torch.Tensor | None, ...],
+    residual: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    config: Config | None,
+    statistics: bool = False,
+) -> tuple[torch.Tensor, Statistics]:
+    """``depthwise_conv_bn_act``, and what it wrote: the statistics of each tile of columns (or Nones)."""
     check_activation(activation)
     _check_dtypes(x, weight, residual)
     plan = _plan(
-        tuple(x.shape),
-        x.stride(),
-        tuple(weight.shape),
-        weight.stride(),
+        tuple(x.shape), x.stride(), tuple(weight.shape), weight.stride(),
         None if residual is None else tuple(residual.shape),
         None if residual is None else residual.stride(),
-        x.element_size(),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        groups,
-        config,
+        x.element_size(), tuple(stride), tuple(padding), tuple(dilation), groups, config,
         0 if config is not None else current_device(x).multiprocessors,
-    )
-    vectors = [bias, running_mean, running_var, bn_weight, bn_bias]
-    for i, vector in enumerate(vectors):
-        if vector is None:
-            continue
-        if vector.shape != plan.output[1:2]:
-            raise ValueError(
-                f"{_WHO}: {_VECTOR_NAMES[i]} has shape {tuple(vector.shape)}, expected ({plan.output[1]},)"
-            )
-        if not vector.is_contiguous():
-            vectors[i] = vector.contiguous()
+    )  # fmt: skip
+    K = plan.output[1]
+    for name, vector in zip(_VECTOR_NAMES, vectors):
+        if vector is not None and vector.shape != (K,):
+            raise ValueError(f"{_WHO}: {name} has shape {tuple(vector.shape)}, expected ({K},)")
+    vectors = [v if v is None or v.is_contiguous() else v.contiguous() for v in vectors]
     y = torch.empty(plan.output, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    tile_moments = empty_statistics(plan.column_tiles, K, x.device) if statistics else NO_STATISTICS
     if plan.config is None:
-        return y
+        return y, tile_moments
     launch(
-        depthwise_conv_kernel,
-        plan.grid,
-        x,
-        weight,
-        y,
-        residual,
-        *vectors,
-        *plan.sizes_and_strides,
-        eps,
-        negative_slope,
-        config=plan.config,
-        reads=(x, weight, residual, *vectors),
-        writes=(y,),
-        flops=plan.flops,
-        ACTIVATION=activation,
-        **plan.constexprs,
-    )
-    return y
+        depthwise_conv_kernel, plan.grid,
+        x, weight, y, residual, *vectors, *plan.sizes_and_strides, eps, negative_slope, *tile_moments,
+        config=plan.config, reads=(x, weight, residual, *vectors), writes=(y, *tile_moments),
+        flops=plan.flops, ACTIVATION=activation, **plan.constexprs,
+    )  # fmt: skip
+    return y, tile_moments
 
 
 _WHO = "depthwise_conv_bn_act"
@@ -444,25 +435,21 @@ def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors in the geometries that networks have: see ``kernels``."""
     half, bf16, full = torch.float16, torch.bfloat16, torch.float32
 
-    def call(C, size, R, dtype, stride=1, dilation=1, multiplier=1, residual=False, activation="relu6"):
+    def call(
+        C, size, R, dtype, stride=1, dilation=1, multiplier=1, residual=False, activation="relu6",
+        statistics=False,
+    ):  # fmt: skip
         def thunk(config=None):
             K = multiplier * C
             x = torch.empty(32, C, size, size, dtype=dtype, device="meta")
             x = x.to(memory_format=torch.channels_last)
             weight = torch.empty(K, 1, R, R, dtype=dtype, device="meta")
-            vectors = [torch.empty(K, dtype=full, device="meta") for _ in range(4)]
-            return depthwise_conv_bn_act(
-                x,
-                weight,
-                None,
-                *vectors,
-                torch.empty_like(x) if residual else None,
-                stride=(stride, stride),
-                padding=(R // 2 * dilation,) * 2,
-                dilation=(dilation, dilation),
-                activation=activation,
-                config=config,
-            )
+            bn = (None if statistics else torch.empty(K, dtype=full, device="meta") for _ in range(4))
+            return depthwise_conv(
+                x, weight, (None, *bn), torch.empty_like(x) if residual else None,
+                (stride, stride), (R // 2 * dilation,) * 2, (dilation, dilation), None, 1e-5,
+                "none" if statistics else activation, 0.01, config, statistics,
+            )  # fmt: skip
 
         return thunk
 
@@ -477,5 +464,8 @@ def representative_calls() -> list[RepresentativeCall]:
         ("7x7 stride 2 fp32 gelu", call(96, 28, 7, full, stride=2, activation="gelu")),
         ("3x3 multiplier 2 fp16", call(32, 28, 3, half, multiplier=2)),
         ("11x11 fp16", call(96, 14, 11, half)),
+        ("3x3 fp16, statistics", call(144, 56, 3, half, statistics=True)),
+        ("5x5 stride 2 fp32, statistics", call(240, 28, 5, full, stride=2, statistics=True)),
+        ("7x7 bf16, statistics", call(192, 28, 7, bf16, statistics=True)),
     ]
     return [RepresentativeCall(name, thunk) for name, thunk in table]
