@@ -1,276 +1,161 @@
-"""The one-pass epilogue: batch norm from running statistics, residual add and activation.
+"""The one-pass epilogue: batch norm, residual add and activation.
 
     y = act((x + bias - mean) * rsqrt(var + eps) * weight + bn_bias + residual)
 
 over channel 1 of a tensor of 2 to 5 dims, one read of x (and of the residual) and one write, for any
-strides. It follows a convolution that ran elsewhere, or stands alone (pre-activation networks).
-
-How strides are served: the output is dense, so its dims, sorted by stride, are nested loops over memory.
-Neighbouring dims that are one run in every tensor are merged; the innermost of what is left are the columns
-of a 2-D tile, the others (at most four) its rows. Channels-last becomes [N*H*W rows, C columns] and
-contiguous becomes [N*C rows, H*W columns]; sliced, transposed and expanded tensors keep more row dims. The
-channel is one of those dims.
+strides. ``bn_add_act`` takes running statistics: it follows a convolution that ran elsewhere, or stands
+alone (pre-activation networks). Training launches the same kernel with batch statistics and 1 / sqrt(var +
+eps) computed once per channel: ``kernels.batch_norm_training.normalize_add_act``.
 """
 
-import functools
-import math
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from fastnets.kernels.activation import activate, check_activation
-from fastnets.kernels.device import Device, current_device
-from fastnets.kernels.launch import Config, RepresentativeCall, launch, tiles
-
-__all__ = ["bn_add_act", "configs", "representative_calls"]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@triton.jit
-def _row_offset(i0, i1, i2, i3, s0, s1, s2, s3, ROW_DIMS: tl.constexpr):
-    offset = i0 * s0
-    if ROW_DIMS > 1:
-        offset += i1 * s1
-    if ROW_DIMS > 2:
-        offset += i2 * s2
-    if ROW_DIMS > 3:
-        offset += i3 * s3
-    return offset
-
-
-@triton.jit(
-    do_not_specialize=["rows_total", "col_units", "n0", "n1", "n2"],
-    do_not_specialize_on_alignment=["x0", "x1", "x2", "x3", "x_col", "r0", "r1", "r2", "r3", "r_col"],
+from fastnets.kernels.bitmask import store_bits
+from fastnets.kernels.channel_tiles import (
+    channel_tiles,
+    check_input,
+    check_vectors,
+    contiguous_vectors,
+    pass_config,
+    pass_configs,
+    step_index,
+    step_offsets,
 )
+from fastnets.kernels.device import Device
+from fastnets.kernels.launch import Config, RepresentativeCall, launch
+
+__all__ = ["bn_add_act", "configs", "launch_bn_add_act", "representative_calls"]
+
+
+@triton.jit(do_not_specialize=["sizes", "y_strides", "x_strides", "r_strides"])
 def bn_add_act_kernel(
     x,
     y,
     residual,
+    bits,
     bias,
     mean,
     var,
+    rstd,
     weight,
     bn_bias,
-    rows_total,
-    col_units,
-    # Sizes of the row dims from the inside out; the outermost needs none.
-    n0,
-    n1,
-    n2,
-    # Strides of the row dims, in units of the tensor's VEC, and of the columns, in elements.
-    x0,
-    x1,
-    x2,
-    x3,
-    x_col,
-    r0,
-    r1,
-    r2,
-    r3,
-    r_col,
+    # See ``channel_tiles``.
+    sizes,
+    y_strides,
+    x_strides,
+    r_strides,
     eps,
     negative_slope,
     ACTIVATION: tl.constexpr,
-    ROW_DIMS: tl.constexpr,
-    # Which dim is the channel: 0 to 3 a row dim, 4 the columns, -1 none (C == 1).
-    CHANNEL: tl.constexpr,
-    # Elements per access: VEC divides the columns, X_VEC and R_VEC the row strides as well.
-    VEC: tl.constexpr,
-    X_VEC: tl.constexpr,
-    R_VEC: tl.constexpr,
-    # The tensor has the strides of y.
-    X_DENSE: tl.constexpr,
-    R_DENSE: tl.constexpr,
+    Y_LAYOUT: tl.constexpr,
+    X_LAYOUT: tl.constexpr,
+    R_LAYOUT: tl.constexpr,
+    OUTER_DIMS: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):
+    blocks = tl.cdiv(sizes[3] * CHANNEL_UNIT, BLOCK_CHANNELS)
     pid = tl.program_id(0)
-    cols_total = col_units * VEC
-    col_tiles = tl.cdiv(cols_total, BLOCK_COLS)
-    row_tile = pid // col_tiles
-    cols = (pid % col_tiles) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    if WIDE_OFFSETS:
-        rows = row_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        wide_cols = cols.to(tl.int64)
-    else:
-        rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        wide_cols = cols
-    row_mask = rows < rows_total
-    mask = row_mask[:, None] & (cols < cols_total)[None, :]
+    outer, inner, channels, valid_inner, valid_channels = step_index(
+        pid // blocks, pid % blocks, sizes, INNER_UNIT, CHANNEL_UNIT, WIDE_OFFSETS, BLOCK_INNER,
+        BLOCK_CHANNELS,
+    )  # fmt: skip
+    valid = valid_inner[:, None] & valid_channels[None, :]
+    x_offset = step_offsets(outer, inner, channels, sizes, x_strides, X_LAYOUT, OUTER_DIMS)
+    value = tl.load(x + x_offset, mask=valid, other=0.0).to(tl.float32)
 
-    i0 = rows
-    i1 = rows
-    i2 = rows
-    i3 = rows
-    if ROW_DIMS > 1:
-        i0 = rows % n0
-        i1 = rows // n0
-    if ROW_DIMS > 2:
-        i2 = i1 // n1
-        i1 = i1 % n1
-    if ROW_DIMS > 3:
-        i3 = i2 // n2
-        i2 = i2 % n2
-
-    y_offset = (rows * col_units * VEC)[:, None] + wide_cols[None, :]
-    if X_DENSE:
-        x_offset = y_offset
-    else:
-        x_row = _row_offset(i0, i1, i2, i3, x0, x1, x2, x3, ROW_DIMS) * X_VEC
-        x_offset = x_row[:, None] + (wide_cols * x_col)[None, :]
-    value = tl.load(x + x_offset, mask=mask, other=0.0).to(tl.float32)
-
-    # The channel's scale and shift: a row or a column of the tile.
-    if CHANNEL == 4:
-        c = cols[None, :]
-        c_mask = (cols < cols_total)[None, :]
-    else:
-        if CHANNEL == 0:
-            i = i0
-        elif CHANNEL == 1:
-            i = i1
-        elif CHANNEL == 2:
-            i = i2
-        elif CHANNEL == 3:
-            i = i3
-        else:
-            i = rows * 0
-        c = i[:, None]
-        c_mask = row_mask[:, None]
     if bias is not None:
-        value += tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float32)
+        value += tl.load(bias + channels, mask=valid_channels, other=0.0).to(tl.float32)[None, :]
     if mean is not None:
-        value -= tl.load(mean + c, mask=c_mask, other=0.0).to(tl.float32)
+        value -= tl.load(mean + channels, mask=valid_channels, other=0.0).to(tl.float32)[None, :]
     if var is not None:
-        scale = tl.rsqrt(tl.load(var + c, mask=c_mask, other=1.0).to(tl.float32) + eps)
+        scale = tl.rsqrt(tl.load(var + channels, mask=valid_channels, other=1.0).to(tl.float32) + eps)
         if weight is not None:
-            scale *= tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float32)
-        value *= scale
+            scale *= tl.load(weight + channels, mask=valid_channels, other=0.0).to(tl.float32)
+        value *= scale[None, :]
+    elif rstd is not None:
+        scale = tl.load(rstd + channels, mask=valid_channels, other=0.0).to(tl.float32)
+        if weight is not None:
+            scale *= tl.load(weight + channels, mask=valid_channels, other=0.0).to(tl.float32)
+        value *= scale[None, :]
     elif weight is not None:
-        value *= tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float32)
+        value *= tl.load(weight + channels, mask=valid_channels, other=0.0).to(tl.float32)[None, :]
     if bn_bias is not None:
-        value += tl.load(bn_bias + c, mask=c_mask, other=0.0).to(tl.float32)
+        value += tl.load(bn_bias + channels, mask=valid_channels, other=0.0).to(tl.float32)[None, :]
 
     if residual is not None:
-        if R_DENSE:
-            r_offset = y_offset
-        else:
-            r_row = _row_offset(i0, i1, i2, i3, r0, r1, r2, r3, ROW_DIMS) * R_VEC
-            r_offset = r_row[:, None] + (wide_cols * r_col)[None, :]
-        value += tl.load(residual + r_offset, mask=mask, other=0.0).to(tl.float32)
-    value = activate(value, ACTIVATION, negative_slope)
-    tl.store(y + y_offset, value.to(y.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All of a launch that follows from shapes and strides; kept, as finding it costs more than launching."""
-
-    grid: tuple[int]
-    config: Config
-    # The kernel's arguments from rows_total to r_col.
-    sizes_and_strides: tuple[int, ...]
-    constexprs: dict
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(shape, y_strides, x_strides, r_strides, itemsize, config, multiprocessors) -> Plan:
-    """How the dims of one call become a tile: see the module's docstring."""
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -y_strides[d])
-    # Merged dims, from the outside in: [size, x stride, residual stride, is the channel].
-    dims: list[list] = []
-    for d in order:
-        size, x, r, channel = shape[d], x_strides[d], r_strides[d], d == 1
-        if dims and not channel and not dims[-1][3] and dims[-1][1] == x * size and dims[-1][2] == r * size:
-            dims[-1] = [dims[-1][0] * size, x, r, False]
-        else:
-            dims.append([size, x, r, channel])
-    if not dims:
-        dims = [[1, 1, 1, False]]
-    *rows, (cols, x_col, r_col, column_is_channel) = dims
-    rows = rows[::-1] or [[1, 0, 0, False]]
-    channel = 4 if column_is_channel else next((i for i, row in enumerate(rows) if row[3]), -1)
-
-    vec = _power_of_two_divisor(16 // itemsize, cols)
-    dense = {}
-    units = {}
-    for index, col, strides in ((1, x_col, x_strides), (2, r_col, r_strides)):
-        dense[index] = all(strides[d] == y_strides[d] for d in order)
-        row_strides = [row[index] for row in rows]
-        units[index] = _power_of_two_divisor(vec, *row_strides) if col == 1 and not dense[index] else 1
-    extent = max(
-        sum((size - 1) * abs(stride) for size, stride in zip(shape, strides))
-        for strides in (y_strides, x_strides, r_strides)
-    )
-
-    def strides_of(index, col):
-        if dense[index]:
-            return (0,) * 5
-        row_strides = [row[index] // units[index] for row in rows]
-        return (*row_strides, *[0] * (4 - len(rows)), col)
-
-    sizes = [row[0] for row in rows]
-    rows_total = math.prod(sizes)
-    if config is None:
-        config = _pick(rows_total, cols, column_is_channel or x_col != 1 or r_col != 1, multiprocessors)
-    if config.maxnreg is None and not (dense[1] and dense[2]):
-        # Left to itself, ptxas spills strided offsets on sm_100 and sm_120 to fit one more block.
-        config = config.replace(maxnreg=255)
-    return Plan(
-        grid=(tiles(rows_total, config.BLOCK_ROWS) * tiles(cols, config.BLOCK_COLS),),
-        config=config,
-        sizes_and_strides=(
-            *(rows_total, cols // vec),
-            *(sizes + [1, 1, 1])[:3],
-            *strides_of(1, x_col),
-            *strides_of(2, r_col),
-        ),
-        constexprs={
-            "ROW_DIMS": len(rows),
-            "CHANNEL": channel,
-            "VEC": vec,
-            "X_VEC": units[1],
-            "R_VEC": units[2],
-            "X_DENSE": dense[1],
-            "R_DENSE": dense[2],
-            # Tiles overhang, by less than a tile.
-            "WIDE_OFFSETS": extent + 16384 >= 2**31,
-        },
-    )
-
-
-def _power_of_two_divisor(limit: int, *values: int) -> int:
-    """The largest power of two up to ``limit`` (itself one) that divides all values."""
-    while any(v % limit for v in values):
-        limit //= 2
-    return limit
-
-
-# A row of the tile is a run of memory: 64 channels fill a cache line and keep the channel vectors' loads
-# few; a plane of pixels is longer. 4096 elements are 32 a thread, four 16-byte loads in flight of 16-bit
-# data.
-_COLUMNS = (16, 32, 64, 128, 256)
-_ELEMENTS = (4096, 1024)
-
-
-def _config(elements: int, columns: int) -> Config:
-    return Config(BLOCK_ROWS=elements // columns, BLOCK_COLS=columns, num_warps=4, num_stages=1)
+        r_offset = step_offsets(outer, inner, channels, sizes, r_strides, R_LAYOUT, OUTER_DIMS)
+        value += tl.load(residual + r_offset, mask=valid, other=0.0).to(tl.float32)
+    result = activate(value, ACTIVATION, negative_slope).to(y.dtype.element_ty)
+    y_offset = step_offsets(outer, inner, channels, sizes, y_strides, Y_LAYOUT, OUTER_DIMS)
+    tl.store(y + y_offset, result, mask=valid)
+    if bits is not None:
+        # From the rounded value, which is what stock differentiates at.
+        rounded = result.to(tl.float32)
+        passing = ~(rounded <= 0.0)
+        if ACTIVATION == "relu6":
+            passing = passing & ~(rounded >= 6.0)
+        store_bits(bits, passing, y_offset, valid, Y_LAYOUT[0])
 
 
 def configs(device: Device) -> list[Config]:
-    """Every config that may be picked on ``device``: the same everywhere, the kernel is bound by memory."""
-    return [_config(elements, columns) for elements in _ELEMENTS for columns in _COLUMNS]
+    """Every config that may be picked on ``device``."""
+    return pass_configs()
 
 
-def _pick(rows: int, cols: int, narrow: bool, multiprocessors: int) -> Config:
-    columns = min(max(1 << (cols - 1).bit_length(), 16), 64 if narrow else 256)
-    blocks = tiles(rows, 4096 // columns) * tiles(cols, columns)
-    # Smaller tiles where large ones would leave multiprocessors with less than four.
-    return _config(4096 if blocks >= 4 * multiprocessors else 1024, columns)
+def launch_bn_add_act(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    bits: torch.Tensor | None,
+    vectors: Sequence[torch.Tensor | None],
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    config: Config | None,
+) -> None:
+    """Launches the kernel on checked operands.
+
+    y: dense, of x's shape. bits: uint8, see ``bitmask``. vectors: (bias, mean, var, rstd, weight, bn_bias).
+    """
+    of = channel_tiles(
+        tuple(x.shape),
+        (y.stride(), x.stride(), y.stride() if residual is None else residual.stride()),
+        x.element_size(),
+    )
+    config = pass_config(of, x, config)
+    vectors = contiguous_vectors(*vectors)
+    launch(
+        bn_add_act_kernel,
+        (of.steps(config) * of.channel_tiles(config),),
+        x,
+        y,
+        residual,
+        bits,
+        *vectors,
+        of.sizes,
+        *of.strides,
+        eps,
+        negative_slope,
+        config=config,
+        reads=(x, residual, *vectors),
+        writes=(y, bits) if bits is not None else (y,),
+        ACTIVATION=activation,
+        Y_LAYOUT=of.layouts[0],
+        X_LAYOUT=of.layouts[1],
+        R_LAYOUT=of.layouts[2],
+        **of.constexprs,
+    )
 
 
 def bn_add_act(
@@ -295,64 +180,22 @@ def bn_add_act(
     does not fit.
     """
     check_activation(activation)
-    _check(x, residual, bias, running_mean, running_var, bn_weight, bn_bias)
+    check_input("bn_add_act", x, residual=residual)
+    check_vectors(
+        "bn_add_act",
+        x,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        bn_weight=bn_weight,
+        bn_bias=bn_bias,
+    )
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    y_strides = y.stride()
-    plan = _plan(
-        tuple(x.shape),
-        y_strides,
-        x.stride(),
-        y_strides if residual is None else residual.stride(),
-        x.element_size(),
-        config,
-        0 if config is not None else current_device(x).multiprocessors,
-    )
-    vectors = [
-        v if v is None or v.is_contiguous() else v.contiguous()
-        for v in (bias, running_mean, running_var, bn_weight, bn_bias)
-    ]
-    launch(
-        bn_add_act_kernel,
-        plan.grid,
-        x,
-        y,
-        residual,
-        *vectors,
-        *plan.sizes_and_strides,
-        eps,
-        negative_slope,
-        config=plan.config,
-        reads=(x, residual, *vectors),
-        writes=(y,),
-        ACTIVATION=activation,
-        **plan.constexprs,
-    )
+    vectors = (bias, running_mean, running_var, None, bn_weight, bn_bias)
+    launch_bn_add_act(y, x, residual, None, vectors, eps, activation, negative_slope, config)
     return y
-
-
-_VECTOR_NAMES = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
-
-
-def _check(x, residual, *vectors) -> None:
-    if not 2 <= x.dim() <= 5:
-        raise ValueError(f"bn_add_act: x has {x.dim()} dims, expected 2 to 5 ([N, C, ...])")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"bn_add_act: x is {x.dtype}, expected float32, float16 or bfloat16; convert it")
-    channels = x.shape[1:2]
-    for name, vector in zip(_VECTOR_NAMES, vectors):
-        if vector is not None and vector.shape != channels:
-            raise ValueError(
-                f"bn_add_act: {name} has shape {tuple(vector.shape)}, expected {tuple(channels)}, as x"
-            )
-    if residual is not None:
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"bn_add_act: residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}"
-            )
-        if residual.dtype != x.dtype:
-            raise TypeError(f"bn_add_act: residual is {residual.dtype}, x is {x.dtype}; convert one")
 
 
 def representative_calls() -> list[RepresentativeCall]:

@@ -1,17 +1,382 @@
-"""Batch statistics of training: what the tiles of a tensor say of its channels."""
+"""Batch norm of training: statistics, the normalising pass, and the two passes of its backward.
+
+    mean, var = over all but channel 1 of x;   rstd = 1 / sqrt(var + eps);   x̂ = (x - mean) * rstd
+    u = x̂ * bn_weight + bn_bias + residual;   y = act(u)
+    dv = dy * act'(u)                                          is the residual's gradient
+    sums = (Σ dv, Σ dv * x̂)                                    are those of bn_bias and bn_weight
+    dx = bn_weight * rstd * (dv - sums[0] / count - x̂ * sums[1] / count)
+
+Statistics are kept as (mean, m2, count) of disjoint parts and merged as Chan, Golub and LeVeque do ("Updating
+formulae and a pairwise algorithm for computing sample variances", 1979). Sums within a part are taken of
+deviations from the mean of its first tile, so that a large mean costs no digits. Reductions have a fixed
+order: results are the same bits in every run.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
-__all__ = ["Statistics"]
+from fastnets.kernels.activation import BINARY_DERIVATIVE, check_activation
+from fastnets.kernels.batch_norm import launch_bn_add_act
+from fastnets.kernels.batch_norm_backward import bn_backward_input, bn_backward_sums
+from fastnets.kernels.bitmask import bytes_of, pack_positive
+from fastnets.kernels.channel_tiles import (
+    channel_tiles,
+    check_input,
+    check_vectors,
+    contiguous_vectors,
+    memory_order,
+    reduction_config,
+    reduction_configs,
+    step_index,
+    step_offsets,
+)
+from fastnets.kernels.device import Device
+from fastnets.kernels.launch import Config, UnsupportedConfig, launch, tiles
+
+__all__ = [
+    "Statistics",
+    "bn_backward_input",
+    "bn_backward_sums",
+    "channel_statistics",
+    "configs",
+    "finalize_statistics",
+    "merge_statistics",
+    "normalize_add_act",
+]
 
 
 class Statistics(NamedTuple):
-    """Of T disjoint tiles: mean and m2 (sum of squared deviations from it) [T, C], count [T], all fp32."""
+    """Of T disjoint tiles: mean and m2 (sum of squared deviations from it) [T, C], count [T], all fp32.
+
+    The mean of ``channel_statistics`` of an fp32 tensor is fp64: rounded to fp32, means of 10^4 would say
+    more of the variance between tiles than a standard deviation of 10^-2 does.
+    """
 
     mean: torch.Tensor
     m2: torch.Tensor
     count: torch.Tensor
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["sizes", "x_strides", "steps", "steps_per_split"])
+def channel_statistics_kernel(
+    x,
+    mean,
+    m2,
+    count,
+    sizes,
+    x_strides,
+    steps,
+    steps_per_split,
+    X_LAYOUT: tl.constexpr,
+    OUTER_DIMS: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    channel_total = sizes[3] * CHANNEL_UNIT
+    blocks = tl.cdiv(channel_total, BLOCK_CHANNELS)
+    split = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    begin = split * steps_per_split
+    end = tl.minimum(begin + steps_per_split, steps)
+
+    outer, inner, channels, valid_inner, valid_channels = step_index(
+        begin, block, sizes, INNER_UNIT, CHANNEL_UNIT, WIDE_OFFSETS, BLOCK_INNER, BLOCK_CHANNELS
+    )
+    valid = valid_inner[:, None] & valid_channels[None, :]
+    offset = step_offsets(outer, inner, channels, sizes, x_strides, X_LAYOUT, OUTER_DIMS)
+    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+    counted = valid_inner.to(tl.int32)
+    pivot = tl.sum(value, axis=0) / tl.sum(counted, axis=0)
+    # An infinite pivot would make the finite values' sums NaN too.
+    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+    total = tl.where(valid, value - pivot[None, :], 0.0)
+    squares = total * total
+    for step in range(begin + 1, end):
+        outer, inner, channels, valid_inner, valid_channels = step_index(
+            step, block, sizes, INNER_UNIT, CHANNEL_UNIT, WIDE_OFFSETS, BLOCK_INNER, BLOCK_CHANNELS
+        )
+        valid = valid_inner[:, None] & valid_channels[None, :]
+        offset = step_offsets(outer, inner, channels, sizes, x_strides, X_LAYOUT, OUTER_DIMS)
+        value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
+        deviation = tl.where(valid, value - pivot[None, :], 0.0)
+        total += deviation
+        squares += deviation * deviation
+        counted += valid_inner.to(tl.int32)
+
+    n = tl.sum(counted, axis=0).to(tl.float32)
+    from_pivot = tl.sum(total, axis=0)
+    deviations = tl.sum(squares, axis=0) - from_pivot * (from_pivot / n)
+    at = split.to(tl.int64) * channel_total + channels
+    wide = mean.dtype.element_ty
+    tl.store(mean + at, pivot.to(wide) + (from_pivot / n).to(wide), mask=valid_channels)
+    # max would drop a NaN.
+    tl.store(m2 + at, tl.where(deviations < 0.0, 0.0, deviations), mask=valid_channels)
+    if block == 0:
+        tl.store(count + split, n)
+
+
+def channel_statistics(x: torch.Tensor, *, config: Config | None = None) -> Statistics:
+    """Statistics of each channel of x [N, C, ...], of 2 to 5 dims and any strides, in one read.
+
+    Returns those of as many parts of x as were taken in parallel; m2 and count are fp32, mean is fp64 where x
+    is fp32. An empty x has one part with count 0.
+    """
+    check_input("channel_statistics", x)
+    mean_dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
+    channels = x.shape[1]
+    if x.numel() == 0:
+        return Statistics(
+            x.new_zeros(1, channels, dtype=mean_dtype),
+            x.new_zeros(1, channels, dtype=torch.float32),
+            x.new_zeros(1, dtype=torch.float32),
+        )
+    of = channel_tiles(tuple(x.shape), (memory_order(x), x.stride()), x.element_size())
+    config, splits, steps_per_split = reduction_config(of, x, config)
+    mean = x.new_empty(splits, channels, dtype=mean_dtype)
+    m2 = x.new_empty(splits, channels, dtype=torch.float32)
+    count = x.new_empty(splits, dtype=torch.float32)
+    launch(
+        channel_statistics_kernel,
+        (splits * of.channel_tiles(config),),
+        x,
+        mean,
+        m2,
+        count,
+        of.sizes,
+        of.strides[1],
+        of.steps(config),
+        steps_per_split,
+        config=config,
+        reads=(x,),
+        writes=(mean, m2, count),
+        flops=3 * x.numel(),
+        X_LAYOUT=of.layouts[1],
+        **of.constexprs,
+    )
+    return Statistics(mean, m2, count)
+
+
+@triton.jit(do_not_specialize=["parts", "channel_total"])
+def merge_statistics_kernel(
+    mean,
+    m2,
+    count,
+    merged_mean,
+    merged_m2,
+    merged_count,
+    rstd,
+    running_mean,
+    running_var,
+    parts,
+    channel_total,
+    momentum,
+    eps,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    channels = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    valid_channels = channels < channel_total
+    total = tl.zeros([BLOCK_PARTS, BLOCK_CHANNELS], tl.float32)
+    squares = tl.zeros([BLOCK_PARTS, BLOCK_CHANNELS], tl.float32)
+    counts = tl.zeros([BLOCK_PARTS], tl.float64)
+    # Deviations are taken from the mean of the first parts: exact, or nearly, where means are large. A part
+    # without elements may hold anything.
+    part = tl.arange(0, BLOCK_PARTS)
+    n = tl.load(count + part, mask=part < parts, other=0.0)
+    valid = (n > 0.0)[:, None] & valid_channels[None, :]
+    at = part.to(tl.int64)[:, None] * channel_total + channels[None, :]
+    first = tl.load(mean + at, mask=valid, other=0.0).to(tl.float32)
+    pivot = tl.sum(first * n[:, None], axis=0) / tl.maximum(tl.sum(n, axis=0), 1.0)
+    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        n = tl.load(count + part, mask=part < parts, other=0.0)
+        valid = (n > 0.0)[:, None] & valid_channels[None, :]
+        at = part.to(tl.int64)[:, None] * channel_total + channels[None, :]
+        deviation = tl.load(mean + at, mask=valid, other=0.0) - pivot.to(mean.dtype.element_ty)[None, :]
+        deviation = tl.where(valid, deviation.to(tl.float32), 0.0)
+        within = tl.load(m2 + at, mask=valid, other=0.0)
+        weighted = n[:, None] * deviation
+        total += weighted
+        squares += within + weighted * deviation
+        counts += n.to(tl.float64)
+    # One value per channel is left: fp64 costs nothing now.
+    n = tl.sum(counts, axis=0)
+    pivot = pivot.to(tl.float64)
+    at_least_one = tl.maximum(n, 1.0)
+    from_pivot = tl.sum(total.to(tl.float64), axis=0)
+    deviations = tl.sum(squares.to(tl.float64), axis=0) - from_pivot * from_pivot / at_least_one
+    deviations = tl.where(deviations < 0.0, 0.0, deviations)
+    middle = tl.where(n > 0.0, pivot + from_pivot / at_least_one, 0.0)
+    tl.store(merged_mean + channels, middle.to(tl.float32), mask=valid_channels)
+    if merged_m2 is not None:
+        tl.store(merged_m2 + channels, deviations.to(tl.float32), mask=valid_channels)
+        if tl.program_id(0) == 0:
+            tl.store(merged_count, n.to(tl.float32))
+    if rstd is not None:
+        inverse = 1.0 / tl.sqrt(deviations / at_least_one + eps)
+        tl.store(rstd + channels, inverse.to(tl.float32), mask=valid_channels)
+    # As F.batch_norm: the unbiased variance, and nothing where there was nothing.
+    share = tl.where(n > 0.0, momentum, 0.0).to(tl.float64)
+    if running_mean is not None:
+        before = tl.load(running_mean + channels, mask=valid_channels, other=0.0).to(tl.float64)
+        after = before * (1.0 - share) + share * middle
+        tl.store(running_mean + channels, after.to(running_mean.dtype.element_ty), mask=valid_channels)
+    if running_var is not None:
+        before = tl.load(running_var + channels, mask=valid_channels, other=0.0).to(tl.float64)
+        unbiased = deviations / tl.maximum(n - 1.0, 1.0)
+        after = before * (1.0 - share) + share * unbiased
+        tl.store(running_var + channels, after.to(running_var.dtype.element_ty), mask=valid_channels)
+
+
+def merge_statistics(statistics: Statistics, *, config: Config | None = None) -> Statistics:
+    """The statistics of all parts together as those of one (T = 1), all fp32; count 0 where there is none."""
+    mean, m2, count = _check_statistics("merge_statistics", statistics)
+    merged = Statistics(m2.new_empty(1, m2.shape[1]), m2.new_empty(1, m2.shape[1]), m2.new_empty(1))
+    _merge(mean, m2, count, merged, None, None, None, 0.0, 0.0, config)
+    return merged
+
+
+def finalize_statistics(
+    statistics: Statistics,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    *,
+    momentum: float,
+    eps: float,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean [C], rstd [C]), fp32, of all parts together; rstd = 1 / sqrt(m2 / count + eps).
+
+    running_mean, running_var: [C] of any float dtype, updated in place by the same launch as
+    ``F.batch_norm`` does: ``running = (1 - momentum) * running + momentum * new``, with the unbiased
+    variance. They stay as they are where the statistics are of no element.
+    """
+    mean, m2, count = _check_statistics("finalize_statistics", statistics)
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None and running.shape != m2.shape[1:]:
+            raise ValueError(
+                f"finalize_statistics: {name} has shape {tuple(running.shape)}, "
+                f"expected {tuple(m2.shape[1:])}"
+            )
+    merged = m2.new_empty(m2.shape[1])
+    rstd = m2.new_empty(m2.shape[1])
+    written = contiguous_vectors(running_mean, running_var)
+    _merge(mean, m2, count, Statistics(merged, None, None), rstd, *written, momentum, eps, config)
+    for running, new in zip((running_mean, running_var), written):
+        if new is not running:
+            running.copy_(new)
+    return merged, rstd
+
+
+def _merge(mean, m2, count, merged, rstd, running_mean, running_var, momentum, eps, config) -> None:
+    parts, channels = m2.shape
+    if config is None:
+        config = _MANY_PARTS if parts > 64 else _FEW_PARTS
+    if config.get("BLOCK_PARTS") is None:
+        raise UnsupportedConfig(f"{config} has no BLOCK_PARTS: it is for another kernel of this file")
+    running = (running_mean, running_var)
+    launch(
+        merge_statistics_kernel,
+        (tiles(channels, config.BLOCK_CHANNELS),),
+        mean,
+        m2,
+        count,
+        *merged,
+        rstd,
+        *running,
+        parts,
+        channels,
+        momentum,
+        eps,
+        config=config,
+        reads=(mean, m2, count, *running),
+        writes=tuple(t for t in (*merged, rstd, *running) if t is not None),
+        flops=5 * m2.numel(),
+    )
+
+
+# --- the normalising pass -----------------------------------------------------------------------------------
+
+
+def normalize_add_act(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    bn_weight: torch.Tensor | None = None,
+    bn_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    mask: bool = False,
+    config: Config | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``act((x - mean) * rstd * bn_weight + bn_bias + residual)`` in one pass of ``bn_add_act``'s kernel.
+
+    x: [N, C, ...] of 2 to 5 dims, fp32, fp16 or bf16, any strides. residual: like x in shape and dtype, any
+    strides. The vectors are [C]. Computed in fp32 and rounded once; y is dense in the memory format of x.
+
+    mask=True returns (y, bits) with one bit per element of y, in its memory order, that tells where the
+    activation's derivative is 1 (uint8 [ceil(numel / 8)], see ``bitmask``). ValueError for activations whose
+    derivative has other values than 0 and 1.
+    """
+    check_activation(activation)
+    check_input("normalize_add_act", x, residual=residual)
+    check_vectors("normalize_add_act", x, mean=mean, rstd=rstd, bn_weight=bn_weight, bn_bias=bn_bias)
+    if mask and activation not in BINARY_DERIVATIVE:
+        raise ValueError(
+            f"normalize_add_act: mask=True with activation {activation!r}, whose derivative is not one bit "
+            f"(only {', '.join(BINARY_DERIVATIVE)}); save what it is recomputed from instead"
+        )
+    y = torch.empty_like(x)
+    bits = torch.empty(bytes_of(x), dtype=torch.uint8, device=x.device) if mask else None
+    if x.numel():
+        # Bits are written beside y where its rows fill whole bytes.
+        beside = mask and _fills_bytes(y)
+        vectors = (None, mean, None, rstd, bn_weight, bn_bias)
+        launch_bn_add_act(
+            y, x, residual, bits if beside else None, vectors, 0.0, activation, negative_slope, config
+        )
+        if mask and not beside:
+            pack_positive(y, bits, 6.0 if activation == "relu6" else None)
+    return (y, bits) if mask else y
+
+
+def _fills_bytes(y: torch.Tensor) -> bool:
+    of = channel_tiles(tuple(y.shape), (y.stride(),), y.element_size())
+    kind = of.layouts[0][0]
+    return kind != "none" and (of.channels if kind == "channel" else of.inner) % 8 == 0
+
+
+# --- configs and checks -------------------------------------------------------------------------------------
+
+_FEW_PARTS = Config(BLOCK_PARTS=64, BLOCK_CHANNELS=32, num_warps=4, num_stages=1)
+# Few programs read many rows: many warps each, and 32 bytes of a row, which is what memory hands out.
+_MANY_PARTS = Config(BLOCK_PARTS=512, BLOCK_CHANNELS=8, num_warps=8, num_stages=1)
+
+
+def configs(device: Device) -> list[Config]:
+    """Every config of this file's own kernels: of the statistics' first pass and of merging."""
+    return [*reduction_configs(), _FEW_PARTS, _MANY_PARTS]
+
+
+def _check_statistics(function: str, statistics: Statistics) -> list[torch.Tensor]:
+    mean, m2, count = statistics
+    if mean.dim() != 2 or m2.shape != mean.shape or count.shape != mean.shape[:1] or not len(count):
+        raise ValueError(
+            f"{function}: mean {tuple(mean.shape)}, m2 {tuple(m2.shape)} and count {tuple(count.shape)} must "
+            "be [T, C], [T, C] and [T] with T > 0"
+        )
+    return contiguous_vectors(*statistics)

@@ -215,8 +215,7 @@ def test_one_launch_that_reads_and_writes_once():
     assert launch.bytes_written == x.numel() * 2
     assert launch.bytes_read == 2 * x.numel() * 2 + 4 * 64 * 4
     assert launch.config in configs(DEVICES["h100"])
-    assert launch.constexprs["X_DENSE"]
-    assert launch.constexprs["VEC"] == 8
+    assert launch.constexprs["X_LAYOUT"] == launch.constexprs["Y_LAYOUT"] == ("channel", 8)
 
 
 @pytest.mark.parametrize(

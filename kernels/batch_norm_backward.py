@@ -1,0 +1,361 @@
+"""The two passes of batch norm's backward: what is summed per channel, and the input's gradient.
+
+    u = x̂ * bn_weight + bn_bias + residual;   x̂ = (x - mean) * rstd;   y = act(u)
+    dv = dy * act'(u)                                          is the residual's gradient
+    sums = (Σ dv, Σ dv * x̂)                                    are those of bn_bias and bn_weight
+    dx = bn_weight * rstd * (dv - sums[0] / count - x̂ * sums[1] / count)
+
+Both read dy and x (the output of the convolution) and recompute u. The sums are of as many parts as are taken
+in parallel, added in order by ``partial_sums``: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastnets.kernels.activation import BINARY_DERIVATIVE, activation_backward, check_activation
+from fastnets.kernels.bitmask import bytes_of, load_bits
+from fastnets.kernels.channel_tiles import (
+    channel_tiles,
+    check_gradient,
+    check_input,
+    check_vectors,
+    contiguous_vectors,
+    memory_order,
+    pass_config,
+    pass_configs,
+    reduction_config,
+    reduction_configs,
+    step_index,
+    step_offsets,
+)
+from fastnets.kernels.device import Device
+from fastnets.kernels.launch import Config, launch
+from fastnets.kernels.partial_sums import sum_rows
+
+__all__ = ["bn_backward_input", "bn_backward_sums", "configs"]
+
+
+@triton.jit
+def _step_of_gradient(
+    dy, x, residual, bits, mean, scale, shift, outer, inner, channels, valid, sizes, order_strides,
+    dy_strides, x_strides, r_strides, negative_slope, ACTIVATION: tl.constexpr, ORDER_LAYOUT: tl.constexpr,
+    DY_LAYOUT: tl.constexpr, X_LAYOUT: tl.constexpr, R_LAYOUT: tl.constexpr, OUTER_DIMS: tl.constexpr,
+):  # fmt: skip
+    """(dv, x - mean) of a tile in fp32, both 0 where it is not valid."""
+    x_offset = step_offsets(outer, inner, channels, sizes, x_strides, X_LAYOUT, OUTER_DIMS)
+    centred = tl.load(x + x_offset, mask=valid, other=0.0).to(tl.float32) - mean[None, :]
+    dy_offset = step_offsets(outer, inner, channels, sizes, dy_strides, DY_LAYOUT, OUTER_DIMS)
+    dv = tl.load(dy + dy_offset, mask=valid, other=0.0).to(tl.float32)
+    if bits is not None:
+        order_offset = step_offsets(outer, inner, channels, sizes, order_strides, ORDER_LAYOUT, OUTER_DIMS)
+        dv = tl.where(load_bits(bits, order_offset, valid), dv, 0.0)
+    elif ACTIVATION != "none":
+        u = centred * scale[None, :] + shift[None, :]
+        if residual is not None:
+            r_offset = step_offsets(outer, inner, channels, sizes, r_strides, R_LAYOUT, OUTER_DIMS)
+            u += tl.load(residual + r_offset, mask=valid, other=0.0).to(tl.float32)
+        dv = activation_backward(dv, u, ACTIVATION, negative_slope)
+    return tl.where(valid, dv, 0.0), tl.where(valid, centred, 0.0)
+
+
+@triton.jit
+def _channel_vectors(mean, rstd, weight, bn_bias, channels, valid):
+    """(mean, rstd, scale, shift) of a tile's channels in fp32: u = (x - mean) * scale + shift."""
+    center = tl.load(mean + channels, mask=valid, other=0.0).to(tl.float32)
+    inverse = tl.load(rstd + channels, mask=valid, other=0.0).to(tl.float32)
+    scale = inverse
+    if weight is not None:
+        scale = inverse * tl.load(weight + channels, mask=valid, other=0.0).to(tl.float32)
+    shift = tl.zeros_like(center)
+    if bn_bias is not None:
+        shift = tl.load(bn_bias + channels, mask=valid, other=0.0).to(tl.float32)
+    return center, inverse, scale, shift
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sizes", "order_strides", "dy_strides", "x_strides", "r_strides", "steps", "steps_per_split",
+    ]
+)  # fmt: skip
+def bn_backward_sums_kernel(
+    dy,
+    x,
+    residual,
+    bits,
+    mean,
+    rstd,
+    weight,
+    bn_bias,
+    dv_out,
+    partial,
+    sizes,
+    order_strides,
+    dy_strides,
+    x_strides,
+    r_strides,
+    steps,
+    steps_per_split,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    ORDER_LAYOUT: tl.constexpr,
+    DY_LAYOUT: tl.constexpr,
+    X_LAYOUT: tl.constexpr,
+    R_LAYOUT: tl.constexpr,
+    OUTER_DIMS: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    channel_total = sizes[3] * CHANNEL_UNIT
+    blocks = tl.cdiv(channel_total, BLOCK_CHANNELS)
+    split = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    begin = split * steps_per_split
+    end = tl.minimum(begin + steps_per_split, steps)
+    own = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    valid_own = own < channel_total
+    center, inverse, scale, shift = _channel_vectors(mean, rstd, weight, bn_bias, own, valid_own)
+    total = tl.zeros([BLOCK_INNER, BLOCK_CHANNELS], tl.float32)
+    product = tl.zeros([BLOCK_INNER, BLOCK_CHANNELS], tl.float32)
+    for step in range(begin, end):
+        outer, inner, channels, valid_inner, valid_channels = step_index(
+            step, block, sizes, INNER_UNIT, CHANNEL_UNIT, WIDE_OFFSETS, BLOCK_INNER, BLOCK_CHANNELS
+        )
+        valid = valid_inner[:, None] & valid_channels[None, :]
+        dv, centred = _step_of_gradient(
+            dy, x, residual, bits, center, scale, shift, outer, inner, channels, valid, sizes, order_strides,
+            dy_strides, x_strides, r_strides, negative_slope, ACTIVATION, ORDER_LAYOUT, DY_LAYOUT, X_LAYOUT,
+            R_LAYOUT, OUTER_DIMS,
+        )  # fmt: skip
+        if dv_out is not None:
+            rounded = dv.to(dv_out.dtype.element_ty)
+            at = step_offsets(outer, inner, channels, sizes, order_strides, ORDER_LAYOUT, OUTER_DIMS)
+            tl.store(dv_out + at, rounded, mask=valid)
+            # The sums are of what the next pass will read.
+            dv = rounded.to(tl.float32)
+        total += dv
+        product += dv * centred
+    at = split.to(tl.int64) * 2 * channel_total + own
+    tl.store(partial + at, tl.sum(total, axis=0), mask=valid_own)
+    tl.store(partial + at + channel_total, tl.sum(product, axis=0) * inverse, mask=valid_own)
+
+
+def bn_backward_sums(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    bn_weight: torch.Tensor | None = None,
+    bn_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    keep: bool,
+    config: Config | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(dv, sums [2, C] fp32) with dv = dy * act'(u) and sums = (Σ dv, Σ dv * x̂), in one pass over dy and x.
+
+    dy, x: [N, C, ...], one shape, any strides, expanded ones too. u is recomputed from x, and from residual
+    where there is one; with ``mask`` (of ``normalize_add_act``) neither residual nor bn_weight and bn_bias
+    are read. keep=True also writes dv, the residual's gradient, in dy's dtype and x's memory format; the sums
+    are then of the rounded dv. keep=False returns None for it. Σ dv is the gradient of bn_bias, Σ dv * x̂ that
+    of bn_weight.
+    """
+    name = "bn_backward_sums"
+    check_activation(activation)
+    check_input(name, x, residual=residual)
+    check_gradient(name, dy, x)
+    check_vectors(name, x, mean=mean, rstd=rstd, bn_weight=bn_weight, bn_bias=bn_bias)
+    if mask is not None:
+        if activation not in BINARY_DERIVATIVE:
+            raise ValueError(f"{name}: a mask does not hold the derivative of {activation!r}; leave it out")
+        if mask.dtype != torch.uint8 or mask.shape != (bytes_of(x),) or not mask.is_contiguous():
+            raise ValueError(
+                f"{name}: mask is {tuple(mask.shape)} {mask.dtype}, expected ({bytes_of(x)},) uint8 as "
+                "normalize_add_act made it"
+            )
+        residual = bn_weight = bn_bias = None
+    channels = x.shape[1]
+    dv = torch.empty_like(x, dtype=dy.dtype) if keep else None
+    sums = torch.empty(2, channels, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return dv, sums.zero_()
+    order = memory_order(x)
+    tensors = (dy, x, x if residual is None else residual)
+    of = channel_tiles(
+        tuple(x.shape), (order, *(t.stride() for t in tensors)), min(t.element_size() for t in tensors)
+    )
+    config, splits, steps_per_split = reduction_config(of, x, config)
+    partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
+    vectors = contiguous_vectors(mean, rstd, bn_weight, bn_bias)
+    launch(
+        bn_backward_sums_kernel,
+        (splits * of.channel_tiles(config),),
+        dy,
+        x,
+        residual,
+        mask,
+        *vectors,
+        dv,
+        partial,
+        of.sizes,
+        *of.strides,
+        of.steps(config),
+        steps_per_split,
+        negative_slope,
+        config=config,
+        reads=(dy, x, residual, mask, *vectors),
+        writes=(partial,) if dv is None else (dv, partial),
+        flops=4 * x.numel(),
+        ACTIVATION=activation,
+        ORDER_LAYOUT=of.layouts[0],
+        DY_LAYOUT=of.layouts[1],
+        X_LAYOUT=of.layouts[2],
+        R_LAYOUT=of.layouts[3],
+        **of.constexprs,
+    )
+    return dv, sum_rows(partial, sums)
+
+
+@triton.jit(do_not_specialize=["sizes", "dz_strides", "dy_strides", "x_strides"])
+def bn_backward_input_kernel(
+    dy,
+    x,
+    mean,
+    rstd,
+    weight,
+    bn_bias,
+    sums,
+    count_of_device,
+    dz,
+    sizes,
+    dz_strides,
+    dy_strides,
+    x_strides,
+    count,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    DZ_LAYOUT: tl.constexpr,
+    DY_LAYOUT: tl.constexpr,
+    X_LAYOUT: tl.constexpr,
+    OUTER_DIMS: tl.constexpr,
+    INNER_UNIT: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    channel_total = sizes[3] * CHANNEL_UNIT
+    blocks = tl.cdiv(channel_total, BLOCK_CHANNELS)
+    pid = tl.program_id(0)
+    outer, inner, channels, valid_inner, valid_channels = step_index(
+        pid // blocks, pid % blocks, sizes, INNER_UNIT, CHANNEL_UNIT, WIDE_OFFSETS, BLOCK_INNER,
+        BLOCK_CHANNELS,
+    )  # fmt: skip
+    valid = valid_inner[:, None] & valid_channels[None, :]
+    center, inverse, scale, shift = _channel_vectors(mean, rstd, weight, bn_bias, channels, valid_channels)
+    dv, centred = _step_of_gradient(
+        dy, x, None, None, center, scale, shift, outer, inner, channels, valid, sizes, dz_strides,
+        dy_strides, x_strides, x_strides, negative_slope, ACTIVATION, DZ_LAYOUT, DY_LAYOUT, X_LAYOUT,
+        X_LAYOUT, OUTER_DIMS,
+    )  # fmt: skip
+    if sums is not None:
+        if count_of_device is not None:
+            n = tl.load(count_of_device).to(tl.float32)
+        else:
+            n = count
+        average = tl.load(sums + channels, mask=valid_channels, other=0.0) / n
+        slope = tl.load(sums + channel_total + channels, mask=valid_channels, other=0.0) / n * inverse
+        dv = dv - average[None, :] - centred * slope[None, :]
+    at = step_offsets(outer, inner, channels, sizes, dz_strides, DZ_LAYOUT, OUTER_DIMS)
+    tl.store(dz + at, (dv * scale[None, :]).to(dz.dtype.element_ty), mask=valid)
+
+
+def bn_backward_input(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    count: float | torch.Tensor | None,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    batch_statistics: bool = True,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """The gradient of batch norm's input, in one pass over dy and x: see the top of this file.
+
+    dy, x: as for ``bn_backward_sums``. activation: "none" where dy is dv already (after ``keep=True``), else
+    dv is recomputed from dy and x. sums: [2, C] fp32, count: elements per channel that they are of (a number
+    or a tensor of one element on x's device); both are ignored with batch_statistics=False, where mean and
+    rstd are constants: dz = bn_weight * rstd * dv. dz is dense, in x's dtype and memory format.
+    """
+    name = "bn_backward_input"
+    check_activation(activation)
+    check_input(name, x)
+    check_gradient(name, dy, x)
+    check_vectors(name, x, mean=mean, rstd=rstd, bn_weight=bn_weight, bn_bias=bn_bias)
+    on_device = None
+    if not batch_statistics:
+        sums, count = None, 1.0
+    else:
+        if sums is None or count is None:
+            raise ValueError(f"{name}: batch_statistics=True needs sums and count; give both")
+        if sums.shape != (2, x.shape[1]) or sums.dtype != torch.float32:
+            raise ValueError(
+                f"{name}: sums is {tuple(sums.shape)} {sums.dtype}, expected (2, {x.shape[1]}) float32"
+            )
+        sums = sums.contiguous()
+        if isinstance(count, torch.Tensor):
+            if count.numel() != 1:
+                raise ValueError(f"{name}: count has shape {tuple(count.shape)}, expected one element")
+            on_device, count = count, 1.0
+    dz = torch.empty_like(x)
+    if x.numel() == 0:
+        return dz
+    of = channel_tiles(
+        tuple(x.shape),
+        (dz.stride(), dy.stride(), x.stride()),
+        min(dy.element_size(), x.element_size()),
+    )
+    config = pass_config(of, x, config)
+    vectors = contiguous_vectors(mean, rstd, bn_weight, bn_bias)
+    launch(
+        bn_backward_input_kernel,
+        (of.steps(config) * of.channel_tiles(config),),
+        dy,
+        x,
+        *vectors,
+        sums,
+        on_device,
+        dz,
+        of.sizes,
+        *of.strides,
+        float(count),
+        negative_slope,
+        config=config,
+        reads=(dy, x, sums, *vectors),
+        writes=(dz,),
+        flops=5 * x.numel(),
+        ACTIVATION=activation,
+        DZ_LAYOUT=of.layouts[0],
+        DY_LAYOUT=of.layouts[1],
+        X_LAYOUT=of.layouts[2],
+        **of.constexprs,
+    )
+    return dz
+
+
+def configs(device: Device) -> list[Config]:
+    """Every config of both kernels."""
+    return [*reduction_configs(), *pass_configs()]
