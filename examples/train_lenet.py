@@ -12,27 +12,25 @@ import digits
 import torch
 import torch.nn.functional as F
 import training
+from torch import Tensor
 
 import fastnets
 
 
+def cross_entropy(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels)
+
+
 def main() -> None:
     parser = training.parser(__doc__.splitlines()[0], epochs=15, lr=0.1, output="lenet")
-    parser.add_argument("--model", default="lenet5_relu", help="lenet5_relu or lenet5 (sigmoid)")
+    parser.add_argument("--model", default="lenet5_relu", choices=("lenet5", "lenet5_relu"))
     options = parser.parse_args()
     with training.ranks(options.device) as place:
         torch.manual_seed(options.seed)
         network = fastnets.create_model(options.model, num_classes=digits.CLASSES, fused=False)
         model = training.prepare(network, options, place)
         data = digits.load(options.limit).to(place.device)
-        history = training.train(
-            model,
-            lambda logits, _, labels: F.cross_entropy(logits, labels),
-            data,
-            options,
-            place,
-            options.model,
-        )
+        history = training.train(model, cross_entropy, data, options, place, options.model)
         training.save(model, history, options.output, place)
 
 

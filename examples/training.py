@@ -54,7 +54,8 @@ class History:
     def summary(self) -> str:
         how = "fused" if self.fused else "stock"
         ranks = f", {self.world_size} processes" if self.world_size > 1 else ""
-        return f"{self.name}: {self.accuracies[-1]:.1%} of the held-out digits ({how}{ranks}, {self.seconds:.0f} s)"
+        share = f"{self.accuracies[-1]:.1%} of the held-out digits"
+        return f"{self.name}: {share} ({how}{ranks}, {self.seconds:.0f} s)"
 
 
 # --- arguments ----------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def ranks(device: str | None) -> Iterator[Place]:
 
 
 def prepare(model: nn.Module, options: argparse.Namespace, place: Place) -> nn.Module:
-    """The network on its device, fused where that was asked for, and wrapped where there are several ranks."""
+    """The network on its device, fused where that was asked for, wrapped where there are several ranks."""
     if options.batch_size % place.world_size:
         raise SystemExit(
             f"--batch-size {options.batch_size} cannot be divided among {place.world_size} ranks"
@@ -139,7 +140,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def learning_rate(step: int, steps: int, warm_up: float) -> float:
-    """The share of the full learning rate at a step: a straight line up, then half a cosine down to nought."""
+    """The share of the full learning rate at a step: a straight line up, then half a cosine down to 0."""
     rising = math.ceil(warm_up * steps)
     if step < rising:
         return (step + 1) / rising

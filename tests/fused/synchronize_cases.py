@@ -63,6 +63,16 @@ def ranks_with_different_counts():
     _assert_alike_on_every_rank(*merged)
 
 
+def statistics_of_another_kind():
+    """Plain tuples, and the means of fp32 maps in float64, which keep more of a large mean."""
+    mean, m2, count = _tiles(_values(dist.get_rank(), 1e4, 1e-2))
+    wide = merge_over_ranks((mean.double() + 1e-5, m2, count), _everything())
+    assert type(wide) is tuple
+    assert [t.dtype for t in wide] == [torch.float64, torch.float32, torch.float32]
+    expected, _ = _moments(Statistics(mean.double() + 1e-5, m2, count))
+    torch.testing.assert_close(wide[0][dist.get_rank()], expected, rtol=1e-14, atol=0)
+
+
 def large_mean_with_small_variance():
     everybody = torch.cat([_values(rank, 1e4, 1e-2, 100) for rank in range(dist.get_world_size())])
     merged = merge_over_ranks(_tiles(_values(dist.get_rank(), 1e4, 1e-2, 100), 500), _everything())
@@ -150,6 +160,7 @@ def compiled_in_one_graph():
 
 CASES = (
     ranks_with_different_counts,
+    statistics_of_another_kind,
     large_mean_with_small_variance,
     a_rank_without_images,
     sums_are_added_and_kept,
