@@ -27,6 +27,8 @@ class Activation:
         forward: ``(x, negative_slope) -> act(x)``, the PyTorch definition.
         backward: ``(grad, x, negative_slope) -> grad * act'(x)``, from the pre-activation ``x``.
         onednn: oneDNN's name, scalars and algorithm, as ``mkldnn::_convolution_pointwise`` takes them.
+        in_place: ``forward`` written to its argument, where PyTorch has that.
+        from_output: ``(grad, y, negative_slope) -> grad * act'(x)`` from ``y = act(x)``, where that tells.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Activation:
     backward: Callable[[Tensor, Tensor, float], Tensor]
     onednn: Callable[[float], tuple[str, list[float], str]]
     in_place: Callable[[Tensor, float], Tensor] | None = None
+    from_output: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
 
 def _same(x: Tensor, negative_slope: float) -> Tensor:
@@ -49,13 +52,16 @@ def _tanh_backward(grad: Tensor, x: Tensor, negative_slope: float) -> Tensor:
 
 
 _TABLE = (
-    Activation("none", _same, lambda g, x, s: g, lambda s: ("none", [], ""), _same),
+    Activation(
+        "none", _same, lambda g, x, s: g, lambda s: ("none", [], ""), _same, from_output=lambda g, y, s: g
+    ),
     Activation(
         "relu",
         lambda x, s: torch.relu(x),
         lambda g, x, s: aten.threshold_backward(g, x, 0),
         lambda s: ("relu", [], ""),
         lambda x, s: torch.relu_(x),
+        from_output=lambda g, y, s: aten.threshold_backward(g, y, 0),
     ),
     Activation(
         "relu6",
@@ -63,6 +69,7 @@ _TABLE = (
         lambda g, x, s: aten.hardtanh_backward(g, x, 0.0, 6.0),
         lambda s: ("hardtanh", [0.0, 6.0], ""),
         lambda x, s: F.hardtanh_(x, 0.0, 6.0),
+        from_output=lambda g, y, s: aten.hardtanh_backward(g, y, 0.0, 6.0),
     ),
     Activation(
         "leaky_relu",
@@ -98,6 +105,7 @@ _TABLE = (
         _sigmoid_backward,
         lambda s: ("sigmoid", [], ""),
         lambda x, s: torch.sigmoid_(x),
+        from_output=lambda g, y, s: aten.sigmoid_backward(g, y),
     ),
     Activation(
         "tanh",
@@ -105,6 +113,7 @@ _TABLE = (
         _tanh_backward,
         lambda s: ("tanh", [], ""),
         lambda x, s: torch.tanh_(x),
+        from_output=lambda g, y, s: aten.tanh_backward(g, y),
     ),
     Activation(
         "gelu",

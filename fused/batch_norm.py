@@ -12,11 +12,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
 from fastnets.fused.activation import activation as activation_of
+from fastnets.fused.batch_norm_training import (
+    Normalization,
+    Pending,
+    add_act,
+    normalization,
+    per_channel,
+    uses_batch_statistics,
+)
+from fastnets.fused.synchronize import group_of
 
 _SCHEMA = (
     "(Tensor x, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, Tensor? bn_bias, "
@@ -41,7 +49,7 @@ def epilogue(
 ) -> Tensor:
     """The stock composition. ``owned``: nobody else sees ``y``, so it may be written in place."""
     if bias is not None:
-        y = y + _per_channel(bias.to(y.dtype), y)
+        y = y + per_channel(bias.to(y.dtype), y)
         owned = True
     if mean is not None:
         y = F.batch_norm(y, mean, var, bn_weight, bn_bias, False, 0.0, eps)
@@ -51,56 +59,6 @@ def epilogue(
         owned = True
     entry = activation_of(activation)
     return (entry.in_place if owned and entry.in_place else entry.forward)(y, negative_slope)
-
-
-def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    return vector.view(1, -1, *[1] * (x.dim() - 2))
-
-
-def affine_gradients(
-    grad: Tensor,
-    y: Tensor,
-    bias,
-    mean,
-    var,
-    bn_weight,
-    bn_bias,
-    residual,
-    eps,
-    activation,
-    negative_slope,
-    wanted,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the epilogue for y, and for bias, bn_weight, bn_bias, residual where ``wanted`` says so.
-
-    With x̂ = (y + bias − mean)·rstd and z = x̂·bn_weight + bn_bias + residual: dz = grad·act'(z), dy =
-    dz·rstd·bn_weight, dbn_weight = Σ dz·x̂, dbn_bias = Σ dz, dbias = Σ dy. Computed in float32 at least.
-    """
-    wide = torch.promote_types(y.dtype, torch.float32)
-    over_pixels = [0, *range(2, y.dim())]
-    centred = y.to(wide)
-    if bias is not None:
-        centred = centred + _per_channel(bias.to(wide), y)
-    z, scale = centred, None
-    if mean is not None:
-        rstd = torch.rsqrt(var.to(wide) + eps)
-        centred = (centred - _per_channel(mean.to(wide), y)) * _per_channel(rstd, y)
-        scale = rstd if bn_weight is None else rstd * bn_weight.to(wide)
-        z = centred if bn_weight is None else centred * _per_channel(bn_weight.to(wide), y)
-        if bn_bias is not None:
-            z = z + _per_channel(bn_bias.to(wide), y)
-    if residual is not None:
-        z = z + residual
-    grad_z = activation_of(activation).backward(grad.to(wide), z, negative_slope)
-    grad_y = grad_z if scale is None else grad_z * _per_channel(scale, y)
-    want_bias, want_bn_weight, want_bn_bias, want_residual = wanted
-    return (
-        grad_y.to(y.dtype),
-        grad_y.sum(over_pixels).to(bias.dtype) if want_bias else None,
-        (grad_z * centred).sum(over_pixels).to(bn_weight.dtype) if want_bn_weight else None,
-        grad_z.sum(over_pixels).to(bn_bias.dtype) if want_bn_bias else None,
-        grad_z.to(residual.dtype) if want_residual else None,
-    )
 
 
 # --- the op -------------------------------------------------------------------------------------------------
@@ -180,57 +138,19 @@ def _fake(x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, neg
 _infer = dispatch.register("bn_add_act_inference" + _SCHEMA, _body, _fake)
 
 
-def _backward_body(
-    grad, x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, wanted
-):
-    grads = affine_gradients(
-        grad, x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, wanted[1:]
-    )
-    return [g.contiguous() if g is not grad else g.clone() for g, want in zip(grads, wanted) if want]
-
-
-def _backward_fake(
-    grad, x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, wanted
-):
-    inputs = (x, bias, bn_weight, bn_bias, residual)
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, want in zip(inputs, wanted) if want]
-
-
-_backward = dispatch.register(
-    "bn_add_act_backward(Tensor grad, "
-    + _SCHEMA[1:].replace("str backend) -> Tensor", "bool[5] wanted) -> Tensor[]"),
-    _backward_body,
-    _backward_fake,
-)
-
-_DIFFERENTIABLE = (0, 1, 4, 5, 6)  # x, bias, bn_weight, bn_bias, residual among the op's arguments
-
-
-class _BNAddAct(torch.autograd.Function):
-    @staticmethod
-    def forward(*args):
+def _autograd(x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, backend):
+    """Composed of ops that have gradients."""
+    tensors = (x, bias, mean, var, bn_weight, bn_bias, residual)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         with torch._C._AutoDispatchBelowAutograd():
-            return _differentiable(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:7])
-        ctx.arguments = inputs[7:10]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-        grads = iter(_backward(grad, *ctx.saved_tensors, *ctx.arguments, wanted))
-        by_position = {i: next(grads) for i, want in zip(_DIFFERENTIABLE, wanted) if want}
-        return tuple(by_position.get(i) for i in range(11))
-
-
-def _autograd(*args):
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7]):
-        return _BNAddAct.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _differentiable(*args)
+            return _differentiable(*tensors, eps, activation, negative_slope, backend)
+    _validate(*tensors, activation)
+    if bias is not None:
+        x = x + per_channel(bias.to(x.dtype), x)
+    if mean is None:
+        return activation_of(activation).forward(x if residual is None else x + residual, negative_slope)
+    norm = Normalization.by_running_statistics(mean, var, bn_weight, bn_bias, eps)
+    return add_act(x, norm, residual, activation, negative_slope, choose(x, backend))
 
 
 _differentiable = dispatch.register("bn_add_act" + _SCHEMA, _body, _fake, autograd=_autograd)
@@ -316,11 +236,6 @@ def is_unobserved_inference(x: object) -> bool:
     )
 
 
-def uses_running_statistics(bn: nn.Module) -> bool:
-    """Whether this is a stock batch norm that would normalise with its running statistics now."""
-    return type(bn) in BATCH_NORMS and not bn.training and bn.running_mean is not None and not has_hooks(bn)
-
-
 def call_stock(
     bn: nn.Module | None,
     act: nn.Module | None,
@@ -355,15 +270,19 @@ def call_bn_add_act(
     activation: str = "none",
     negative_slope: float = 0.0,
     backend: str = "auto",
-) -> Tensor:
+    *,
+    defers: bool = False,
+) -> Tensor | Pending:
     """``act(bn(x) + residual)`` by the fused op where that is stock's result, by the modules themselves
     elsewhere.
 
-    Stock runs where BN uses batch statistics (training), a hook would be skipped, the tensors are not plain
-    ones, or the residual broadcasts or promotes.
+    Stock runs where a hook would be skipped, the tensors are not plain ones, the residual broadcasts or
+    promotes, and with gradients on the CPU. defers: the one reader is a convolution that takes a
+    :class:`Pending`.
     """
     if (
-        not uses_running_statistics(bn)
+        bn.__class__ not in BATCH_NORMS
+        or has_hooks(bn)
         or (act is not None and has_hooks(act))
         or _has_any_global_hook()
         or not isinstance(x, Tensor)
@@ -372,17 +291,13 @@ def call_bn_add_act(
         or in_transform()
     ):
         return call_stock(bn, act, x, residual, activation, negative_slope)
-    op = _differentiable if torch.is_grad_enabled() else _infer
-    return op(
-        x,
-        None,
-        bn.running_mean,
-        bn.running_var,
-        bn.weight,
-        bn.bias,
-        residual,
-        bn.eps,
-        activation,
-        negative_slope,
-        backend,
-    )
+    if uses_batch_statistics(bn) or torch.is_grad_enabled():
+        passes = choose(x, backend)
+        if passes == "reference" and dispatch.requested(backend) != passes and not group_of(bn):
+            return call_stock(bn, act, x, residual, activation, negative_slope)
+        norm = normalization(bn, x, passes)
+        if defers and residual is None:
+            return Pending(x, norm, activation, negative_slope, passes)
+        return add_act(x, norm, residual, activation, negative_slope, passes)
+    vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    return _infer(x, None, *vectors, residual, bn.eps, activation, negative_slope, backend)

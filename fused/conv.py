@@ -23,13 +23,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import cudnn, dispatch, onednn, packing
 from fastnets.fused.activation import activation as activation_of
-from fastnets.fused.batch_norm import (
-    affine_gradients,
-    call_stock,
-    epilogue,
-    has_hooks,
-    in_transform,
-    uses_running_statistics,
+from fastnets.fused.batch_norm import BATCH_NORMS, call_stock, epilogue, has_hooks, in_transform
+from fastnets.fused.batch_norm_training import Normalization, Pending, sums_of, uses_batch_statistics
+from fastnets.fused.batch_norm_training import input_gradient as normalization_gradient
+from fastnets.fused.conv_training import (
+    explicit_padding,
+    gradient_backend,
+    input_gradient,
+    passes_on,
+    train,
+    weight_gradient,
 )
 from fastnets.fused.ownership import may_overwrite
 
@@ -281,27 +284,27 @@ def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
 _DIFFERENTIABLE = (0, 1, 2, 5, 6, 7)  # x, weight, bias, bn_weight, bn_bias, residual among the op's arguments
 
 
-def _backward_body(
-    grad, x, weight, bias, mean, var, bn_weight, bn_bias, residual,
-    stride, padding, dilation, groups, eps, activation, negative_slope, wanted,
-):  # fmt: skip
-    """The gradients asked for, in the order of ``_DIFFERENTIABLE``; the convolution is computed again."""
-    w = weight.to(x.dtype)
-    y = F.conv2d(x, w, None, stride, padding, dilation, groups)
-    grad_y, *grads = affine_gradients(
-        grad, y, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, wanted[2:]
-    )
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_y, x, w, None, stride, padding, dilation, False, [0, 0], groups, [wanted[0], wanted[1], False]
-    )
-    if grad_weight is not None:
-        grad_weight = grad_weight.to(weight.dtype)
-    return [g.contiguous() for g, want in zip((grad_x, grad_weight, *grads), wanted) if want]
+def _tells_gradient(mean: Tensor | None, activation: str) -> bool:
+    """Whether the result alone says what the activation does to a gradient; else the convolution is computed
+    again in the backward."""
+    return mean is None and activation_of(activation).from_output is not None
 
 
-def _backward_fake(grad, *arguments):
-    inputs = (arguments[i] for i in _DIFFERENTIABLE)
-    return [t.new_empty(t.shape) for t, want in zip(inputs, arguments[-1]) if want]
+def _before_activation(grad, y, x, weight, bias, mean, var, bn_weight, bn_bias, residual, options, backend):
+    """(the convolution's gradient, the residual's, bn_weight's, bn_bias's), from the op's."""
+    act = activation_of(options.activation)
+    if y is not None:
+        grad = act.from_output(grad, y, options.negative_slope)
+        return grad, grad, None, None
+    z = F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *options[:4])
+    if mean is None:
+        grad = act.backward(grad, z if residual is None else z + residual, options.negative_slope)
+        return grad, grad, None, None
+    norm = Normalization.by_running_statistics(mean, var, bn_weight, bn_bias, options.eps)
+    vectors, passes = (norm.mean, norm.rstd, bn_weight, bn_bias), passes_on(backend)
+    named = (options.activation, options.negative_slope)
+    dv, (dbn_bias, dbn_weight) = sums_of(grad, z, *vectors, residual, None, *named, True, passes)
+    return normalization_gradient(dv, z, *vectors, None, None, "none", 0.0, passes), dv, dbn_weight, dbn_bias
 
 
 class _ConvBNAct(torch.autograd.Function):
@@ -312,15 +315,40 @@ class _ConvBNAct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:8])
-        ctx.options = inputs[8:15]
+        x, weight, bias, mean, var, bn_weight, bn_bias, residual, *rest, backend = inputs
+        ctx.options = options = Options(*rest)
+        tells = _tells_gradient(mean, options.activation)
+        ctx.save_for_backward(
+            output if tells else None, x, weight, bias, mean, var, bn_weight, bn_bias,
+            None if tells else residual,
+        )  # fmt: skip
+        ctx.backend = backend
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-        grads = iter(_backward(grad, *ctx.saved_tensors, *ctx.options, wanted))
-        by_position = {i: next(grads) for i, want in zip(_DIFFERENTIABLE, wanted) if want}
+        y, x, weight, bias, *rest = ctx.saved_tensors
+        options = ctx.options
+        backend = gradient_backend(x, weight, options.groups, ctx.backend)
+        dz, dresidual, dbn_weight, dbn_bias = _before_activation(
+            grad, y, x, weight, bias, *rest, options, backend
+        )
+        wants = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        none = (None,) * 4
+        dx = dweight = None
+        if wants[0]:
+            dx, _ = input_gradient(dz, weight, x.shape, *options[:4], None, None, *none, "none", 0.0, backend)
+        if wants[1]:
+            dweight = weight_gradient(
+                dz, x, weight.shape, weight.dtype, *options[:4], *none, "none", 0.0, backend
+            )
+        dbias = dz.sum((0, 2, 3)).to(bias.dtype) if wants[2] else None
+        found = (dx, dweight, dbias, dbn_weight, dbn_bias, dresidual)
+        inputs = dict(zip(_DIFFERENTIABLE, (*ctx.saved_tensors[1:4], *ctx.saved_tensors[6:8], None)))
+        by_position = {
+            i: g if inputs[i] is None else g.to(inputs[i].dtype)
+            for i, g, want in zip(_DIFFERENTIABLE, found, wants) if want
+        }  # fmt: skip
         return tuple(by_position.get(i) for i in range(16))
 
 
@@ -352,12 +380,6 @@ def _autocast(x, *arguments):
 _infer = dispatch.register("conv_bn_act_inference" + _SCHEMA, _body, _fake, autocast=_autocast, flops=_flops)
 _differentiable = dispatch.register(
     "conv_bn_act" + _SCHEMA, _body, _fake, autograd=_autograd, autocast=_autocast, flops=_flops
-)
-_backward = dispatch.register(
-    "conv_bn_act_backward(Tensor grad, "
-    + _SCHEMA[1:].replace("str backend) -> Tensor", "bool[6] wanted) -> Tensor[]"),
-    _backward_body,
-    _backward_fake,
 )
 
 
@@ -427,15 +449,50 @@ def call_conv_bn_act(
     negative_slope: float = 0.0,
     backend: str = "auto",
     residual_dies: str = "",
+    **training: object,
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)`` by the fused op where that is stock's result, by the modules
     themselves elsewhere.
 
-    Stock runs where BN uses batch statistics (training), a hook would be skipped, the convolution's class
-    or forward is not the stock one (parametrized, patched), the tensors are not plain ones, or the residual
-    broadcasts or promotes. ``act`` is the module that stock would call; None means a function or nothing.
-    ``residual_dies``: set where this call is the residual's last reader (see ``fused.ownership``).
+    Stock runs where a hook would be skipped, the convolution's class or forward is not the stock one
+    (parametrized, patched), the tensors are not plain ones, or the residual broadcasts or promotes. ``act``
+    is the module that stock would call; None means a function or nothing. ``residual_dies``: set where this
+    call is the residual's last reader (see ``fused.ownership``). ``training``: set in graphs of training
+    forwards, see ``conv_training.train``, which serves layers in training mode.
     """
+    if training or conv.training or (bn is not None and bn.training):
+        return _call_in_training(conv, bn, act, x, residual, activation, negative_slope, backend, **training)
+    return _call(conv, bn, act, x, residual, activation, negative_slope, backend, residual_dies)
+
+
+def _call_in_training(
+    conv, bn, act, x, residual, activation, negative_slope, backend, forks=False, **options
+):
+    """By ``conv_training.train`` where the layer learns and is plain; else as any other."""
+    weight = conv._parameters.get("weight")
+    seen = x.z if x.__class__ is Pending else x
+    learns = bn is not None and (uses_batch_statistics(bn) or torch.is_grad_enabled())
+    if (learns or x.__class__ is Pending) and not _must_run_stock(conv, bn, act, seen, weight, residual):
+        return train(conv, bn, act, x, residual, activation, negative_slope, backend, forks=forks, **options)
+    if x.__class__ is Pending:
+        x = x.compute()
+    if learns or (torch.is_grad_enabled() and _learns_as_stock(x, activation, backend)):
+        packing.forget(weight)
+        y = call_stock(bn, act, conv(x), residual, activation, negative_slope)
+    else:
+        y = _call(conv, bn, act, x, residual, activation, negative_slope, backend, "")
+    return (y, x) if forks else y
+
+
+def _learns_as_stock(x: Tensor, activation: str, backend: str) -> bool:
+    """Whether a convolution without batch norm trains faster by its own modules: oneDNN's fused call would
+    fold anew each time, and an activation whose result does not tell its gradient costs a convolution."""
+    if dispatch.requested(backend) != "auto":
+        return False
+    return dispatch.device_type_of(x) != "cuda" or not _tells_gradient(None, activation)
+
+
+def _call(conv, bn, act, x, residual, activation, negative_slope, backend, residual_dies):
     weight, bias, *bn_vectors = weights = _weights_of(conv, bn)
     grad = torch.is_grad_enabled()
     alone = bn is None and residual is None and activation == "none"
@@ -446,11 +503,8 @@ def call_conv_bn_act(
             packing.forget(weight)  # a training step may follow
         return call_stock(bn, act, conv(x), residual, activation, negative_slope)
     padding = conv.padding
-    if conv.padding_mode != "zeros":
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-        padding = (0, 0)
-    elif padding.__class__ is str:
-        x, padding = _resolve_padding(conv, x)
+    if conv.padding_mode != "zeros" or padding.__class__ is str:
+        x, padding = explicit_padding(conv, x)
     eps = 0.0 if bn is None else bn.eps
     options = (conv.stride, padding, conv.dilation, conv.groups, eps, activation, negative_slope, backend)
     if grad:
@@ -493,7 +547,7 @@ def _must_run_stock(conv, bn, act, x, weight, residual) -> bool:
     return (
         conv.__class__ is not nn.Conv2d
         or weight.__class__ not in _PLAIN_WEIGHTS
-        or (bn is not None and not uses_running_statistics(bn))
+        or (bn is not None and (bn.__class__ not in BATCH_NORMS or has_hooks(bn)))
         or has_hooks(conv)
         or (act is not None and has_hooks(act))
         or _has_any_global_hook()
@@ -542,16 +596,6 @@ def _adds_plainly(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> bool:
         if residual.shape[2 + axis] != expected:
             return False
     return True
-
-
-def _resolve_padding(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """``padding="same"`` or ``"valid"`` as numbers; an uneven "same" is evened by padding ``x`` here."""
-    if conv.padding == "valid":
-        return x, (0, 0)
-    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)]
-    if total[0] % 2 or total[1] % 2:
-        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
-    return x, (total[0] // 2, total[1] // 2)
 
 
 def implementation_of(

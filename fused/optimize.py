@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastnets.fused import dispatch, packing
+from fastnets.fused.conv_training import SAVES
 from fastnets.fused.layout import is_stock, may_observe_layout, names_read_by
 from fastnets.fused.packing import refresh
 from fastnets.fused.patterns import is_batch_norm, is_convolution
@@ -49,6 +50,7 @@ def optimize(
     inplace: bool = False,
     strict: bool = False,
     cuda_graphs: bool = False,
+    save: str = "auto",
 ) -> nn.Module:
     """The network with fused layers: same weights, same ``state_dict``, same answers.
 
@@ -67,6 +69,9 @@ def optimize(
         inplace: rewrite ``model`` itself instead of a copy.
         strict: raise where a convolution or what follows it could not be fused.
         cuda_graphs: not available yet.
+        save: what a training step keeps for its backward. "auto" keeps the inputs and outputs of
+            convolutions, as stock does; "less" only the outputs, and normalises them again for the weights'
+            gradients.
 
     Returns:
         The optimized network; ``model`` itself where ``inplace`` is set. Inner containers may hand each other
@@ -76,7 +81,7 @@ def optimize(
         TypeError, ValueError: for arguments that make no sense, and, with ``strict``, for layers that were
             not fused. ``model`` is then as it was.
     """
-    _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs)
+    _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs, save)
     if mode == "training" and backend == "auto":
         backend = "reference"
     with torch.inference_mode(False):
@@ -85,7 +90,7 @@ def optimize(
             undo = [(m, type(m)) for m in model.modules() if isinstance(m, Rewritten)]
         fast = model if inplace else copy.deepcopy(model)
         restore(fast)
-        recipe = Recipe(backend=backend, example=_shapes_of(example_inputs))
+        recipe = Recipe(backend=backend, save=save, example=_shapes_of(example_inputs))
         try:
             _rewrite_network(fast, recipe, filter_fn)
             if strict:
@@ -114,7 +119,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs) -> None:
+def _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs, save) -> None:
     if not isinstance(model, nn.Module):
         what = (
             f"the class {model.__name__}; pass an instance of it"
@@ -125,6 +130,7 @@ def _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs) -> No
     dispatch.validate_backend(backend)
     _one_of("mode", mode, MODES)
     _one_of("select", select, _SELECT)
+    _one_of("save", save, SAVES)
     if select == "measure":
         raise ValueError("select='measure' is not available in this version; use select='heuristic'")
     if cuda_graphs:

@@ -269,7 +269,7 @@ class _Rewriter:
         if residual is chain.last or not isinstance(residual, fx.Node):
             self.why.setdefault(node, "it does not add two tensors")
             return False
-        if _writes(node) and operands[0] is residual and not self.memory.is_private(residual, node):
+        if writes(node) and operands[0] is residual and not self.memory.is_private(residual, node):
             self.why.setdefault(node, "it writes in place to a tensor that others see")
             return False
         chain.add, chain.residual = node, residual
@@ -303,7 +303,7 @@ class _Rewriter:
             call = call_bn_add_act
             if chain.conv is not None:
                 call, rest = call_conv_bn_act, (self.graph.get_attr(chain.conv.target), *rest)
-            if chain.add is not None and _writes(chain.add):
+            if chain.add is not None and writes(chain.add):
                 call = call_bn_iadd_act if chain.conv is None else call_conv_bn_iadd_act
                 rest = (chain.add.args[0] is residual, *rest)
             fused = self.graph.call_function(call, rest)
@@ -358,7 +358,7 @@ def _name(node: fx.Node) -> str:
     return node.target if node.op == "call_module" else node.name
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """Whether the node is one of those operations that write to their first operand."""
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
@@ -469,7 +469,7 @@ class _Memory:
             else:
                 written = [] if surely else node.all_input_nodes  # a module of the user's own might
         elif node.op in ("call_function", "call_method"):
-            written = node.all_input_nodes[:1] if _writes(node) else []
+            written = node.all_input_nodes[:1] if writes(node) else []
             if "out" in node.kwargs:
                 written = node.all_input_nodes
         else:

@@ -45,7 +45,16 @@ from fastnets.fused.layout import (
 )
 from fastnets.fused.memory import in_chunks
 from fastnets.fused.ownership import run_in_sequence
-from fastnets.fused.patterns import Fusion, Left, fuse, is_batch_norm, is_convolution, mark_dying_residuals
+from fastnets.fused.patterns import (
+    Fusion,
+    Left,
+    fuse,
+    is_batch_norm,
+    is_convolution,
+    mark_dying_residuals,
+    writes,
+)
+from fastnets.fused.training_graph import link
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"_modules"}
 _GRAPH_HEADER = re.compile(r"^def forward\(", re.MULTILINE)
@@ -60,6 +69,7 @@ class Recipe:
 
     Attributes:
         backend: what the fused calls run on.
+        save: how much a training step saves for its backward, see ``optimize``.
         restores_outputs: the caller is not rewritten, so results go out in stock's layout.
         keep_stock: paths, from the container, of layers that are not to be fused.
         gives_between_blocks: the container is a plain Sequential, whose blocks may overwrite what they get.
@@ -68,6 +78,7 @@ class Recipe:
     """
 
     backend: str = "auto"
+    save: str = "auto"
     restores_outputs: bool = False
     keep_stock: frozenset[str] = frozenset()
     gives_between_blocks: bool = False
@@ -182,7 +193,7 @@ def observes_layout(module: nn.Module) -> bool:
 def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], recipe: Recipe) -> None:
     """Fuse and hide layouts in every captured graph, and write its source. Works on each graph once."""
     done: set[int] = set()
-    for variant in variants.values():
+    for condition, variant in variants.items():
         if variant.captured is None or id(variant) in done:
             continue
         done.add(id(variant))
@@ -196,7 +207,12 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             variant.captured, variant.reason = None, str(error)
             variant.fusions = ()
             continue
-        variant.overwrites = mark_dying_residuals(graph, dict(module.named_modules(remove_duplicate=False)))
+        if condition.training:
+            link(graph, writes, recipe.save)
+        else:
+            variant.overwrites = mark_dying_residuals(
+                graph, dict(module.named_modules(remove_duplicate=False))
+            )
         code = graph.python_code("self")
         variant.source, variant.namespace = _WRAP_STATEMENT.sub("", code.src).strip(), dict(code.globals)
 
