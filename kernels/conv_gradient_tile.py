@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastnets.kernels.activation import activation_backward
 
-__all__ = ["class_taps", "finish_gradient"]
+__all__ = ["class_taps", "finish_gradient", "store_gradient"]
 
 
 @triton.jit
@@ -78,9 +78,30 @@ def _finish_columns(
 ):  # fmt: skip
     c = first_c + tl.arange(0, acc.shape[1])
     inside_c = c < C
-    inside = inside_m[:, None] & inside_c[None, :]
     c = (channel + c).to(INDEX)
+    sum_dv, sum_dv_x = store_gradient(
+        acc, pixel, inside_m, c, inside_c, dx, pitch, H, W, added, normalized, negative_slope,
+        DENSE_ADDED, DENSE_Z, ACTIVATION,
+    )  # fmt: skip
+    if sums is not None:
+        to = sums + tile.to(INDEX) * 2 * pitch + c
+        tl.store(to, sum_dv, mask=inside_c)
+        tl.store(to + pitch, sum_dv_x, mask=inside_c)
+
+
+@triton.jit
+def store_gradient(
+    acc, pixel, inside_m, c, inside_c, dx, pitch, H, W, added, normalized, negative_slope,
+    DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of acc, gradients of the pixels where inside_m and the channels c where inside_c.
+
+    Arguments as ``finish_gradient``'s. Returns, per channel, Σ dv and Σ dv · x̂ (zeros without z).
+    """
+    inside = inside_m[:, None] & inside_c[None, :]
     offsets = (pixel * pitch)[:, None] + c[None, :]
+    sum_dv = tl.zeros((acc.shape[1],), tl.float32)
+    sum_dv_x = sum_dv
     added, added_n, added_c, added_h, added_w = added
     if added is not None:
         lies_at = offsets
@@ -110,6 +131,6 @@ def _finish_columns(
         rounded = acc.to(dx.dtype.element_ty)
         tl.store(dx + offsets, rounded, mask=inside)
         dv = tl.where(inside, rounded.to(tl.float32), 0.0)
-        to = sums + tile.to(INDEX) * 2 * pitch + c
-        tl.store(to, tl.sum(dv, axis=0), mask=inside_c)
-        tl.store(to + pitch, tl.sum(dv * centred, axis=0) * rstd_c, mask=inside_c)
+        sum_dv = tl.sum(dv, axis=0)
+        sum_dv_x = tl.sum(dv * centred, axis=0) * rstd_c
+    return sum_dv, sum_dv_x
