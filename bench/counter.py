@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from fastnets.bench.passes import Cost, bind, cost_of, nbytes, tensors_in
 from fastnets.fused import dispatch
+from fastnets.fused.saved import SavedBytes
 
 __all__ = ["Counter", "Moved", "Record", "Traffic", "mebibytes"]
 
@@ -133,15 +133,12 @@ class Counter(TorchDispatchMode):
         self.running: list[str] = []  # paths of the modules that are being called
         self.owner: str | None = None  # layer of the fused op that is being run
         self.layer_of_node: dict[int, str] = {}  # by autograd's sequence number
-        self.kept: dict[int, StorageWeakRef] = {}
-        self.parameters: set[int] = set()
+        self.kept = SavedBytes(model)
         if model is not None:
             for path, module in model.named_modules():
                 self.names[module] = path
                 for parameter in module.parameters(recurse=False):
                     self.owners.setdefault(parameter.untyped_storage()._cdata, path)
-            held = (*model.parameters(), *model.buffers())
-            self.parameters = {t.untyped_storage()._cdata for t in held}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -231,13 +228,10 @@ class Counter(TorchDispatchMode):
         return None
 
     def saved(self, tensor: Tensor) -> Tensor:
-        """Autograd's pack hook: counts each piece of memory once, while it is alive."""
-        if not self.paused and tensor.layout is torch.strided and not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            known = self.kept.get(storage._cdata)
-            if storage._cdata not in self.parameters and (known is None or known.expired()):
-                self.kept[storage._cdata] = StorageWeakRef(storage)
-                self.traffic.saved_bytes += storage.nbytes()
+        """Autograd's pack hook."""
+        if not self.paused:
+            self.kept.add(tensor)
+            self.traffic.saved_bytes = self.kept.total
         return tensor
 
 
