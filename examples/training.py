@@ -121,14 +121,12 @@ def prepare(model: nn.Module, options: argparse.Namespace, place: Place) -> nn.M
         raise SystemExit(
             f"--batch-size {options.batch_size} cannot be divided among {place.world_size} ranks"
         )
-    if options.sync_bn and place.world_size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(place.device)
-    if options.fused:
-        model = fastnets.optimize(model, inplace=True)
+    model = model.to(place.device, memory_format=torch.channels_last)
     if place.world_size > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    return model
+        if options.sync_bn:  # only now: DDP takes none on the CPU, where the fused ones do run
+            nn.SyncBatchNorm.convert_sync_batchnorm(model.module)
+    return fastnets.optimize(model, inplace=True) if options.fused else model
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -200,8 +198,14 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, place: Place, batch_size: int = 250) -> float:
-    """The share of right answers over all ranks, each of which judges its part of the images."""
+    """The share of right answers over all ranks, each of which judges its part of the images.
+
+    Running statistics are rank 0's afterwards, on every rank.
+    """
     model = plain(model).eval()
+    if place.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     mine = slice(place.rank, None, place.world_size)
     right = torch.zeros((), dtype=torch.int64, device=place.device)
     for some_images, some_labels in zip(images[mine].split(batch_size), labels[mine].split(batch_size)):
