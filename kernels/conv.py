@@ -42,12 +42,13 @@ from fastnets.kernels.conv_shape import (
     NO_STATISTICS,
     SIZES,
     ConvCall,
-    ConvShape,
     ceil_div,
     conv_call,
+    pixel_pitch,
 )
 from fastnets.kernels.conv_tile import (
     aligned,
+    channel_vectors,
     finish_tile,
     normalized,
     tile_of_program,
@@ -171,8 +172,8 @@ def conv_kernel(
         b = tl.load(b_pointers, mask=present[:, None], other=0.0)
         if x_mean is not None:
             vectors = (x_mean, x_rstd, x_bn_weight, x_bn_bias)
-            inside = valid[:, None] & present[None, :]
-            a = normalized(a, group * C + c + lanes, present, inside, vectors, x_slope, X_ACTIVATION)
+            of_channels = channel_vectors(group * C + c + lanes, present, vectors)
+            a = normalized(a, valid[:, None] & present[None, :], of_channels, x_slope, X_ACTIVATION)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
         c += BLOCK_K
@@ -321,7 +322,7 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
     run = weight_c == 1 and (shape.S == 1 or weight_s == C) and (shape.R == 1 or weight_r == shape.S * C)
     pitch = None
     if shape.taps == 1 and shape.padding == (0, 0) and shape.stride == (1, 1):
-        pitch = pixel_pitch(shape, x_n, x_h, x_w)
+        pitch = pixel_pitch(call.x.shape, (x_n, x_c, x_h, x_w))
     before = call.prologue
     prologue = (None,) * 5 if before is None else (*before.tensors, before.negative_slope)
     reads = (call.x, call.weight, *prologue[:4])
@@ -349,14 +350,6 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
             **{name: flags[name] for name in ("VECTOR_Y", "DENSE_RESIDUAL", "WIDE", "ACTIVATION")},
         )  # fmt: skip
     return y, moments
-
-
-def pixel_pitch(shape: ConvShape, x_n: int, x_h: int, x_w: int) -> int | None:
-    """The one distance between successive pixels of x, or None where there is no such."""
-    pitch = x_w if shape.W > 1 else x_h if shape.H > 1 else x_n
-    rows = shape.H == 1 or x_h == shape.W * pitch
-    images = shape.N == 1 or x_n == shape.H * shape.W * pitch
-    return pitch if rows and images else None
 
 
 def configs(device: Device) -> list[Config]:

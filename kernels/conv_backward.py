@@ -17,9 +17,10 @@ from fastnets.kernels.activation import check_activation
 from fastnets.kernels.conv_configs import kernel_of
 from fastnets.kernels.conv_input_gradient import InputGradientCall, Normalized, input_gradient
 from fastnets.kernels.conv_shape import ConvShape, Prologue, convolution_shape, product_precision
+from fastnets.kernels.conv_weight_gradient import WeightGradientCall, weight_gradient
 from fastnets.kernels.launch import Config
 
-__all__ = ["Normalized", "conv_input_gradient"]
+__all__ = ["Normalized", "conv_input_gradient", "conv_weight_gradient"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,9 +57,7 @@ def conv_input_gradient(
     if normalized is not None:
         _check_like_input("z", normalized.z, shape, dy)
         normalized = Normalized(normalized.z, _checked_prologue(normalized.prologue, shape))
-    dtype = dy.dtype if dtype is None else dtype
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}; supported: float32, float16, bfloat16")
+    dtype = _checked_dtype(dtype, dy)
     if kernel_of(shape) == "depthwise":
         from fastnets.kernels.depthwise_backward import depthwise_input_gradient
 
@@ -71,6 +70,56 @@ def conv_input_gradient(
         InputGradientCall(shape, dy, weight, added, normalized, dtype, precision, config)
     )
     return dx if normalized is None else (dx, sums)
+
+
+def conv_weight_gradient(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight_shape: Sequence[int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    prologue: Prologue | None = None,
+    dtype: torch.dtype | None = None,
+    config: Config | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """The gradient of conv2d's weight: dw [K, C/groups, R, S] of weight_shape, dense channels-last.
+
+    dy [N, K, P, Q] and x [N, C, H, W] share a dtype (fp32, fp16, bf16) and have any strides; channels-last
+    ones load fastest. Products are added in fp32 and rounded once, to dtype (default: dy's).
+
+    prologue: x is what an earlier convolution gave, and the input of this one was act(bn(x)), rounded to x's
+    dtype; it is computed again while x is loaded.
+
+    config: one of ``conv_weight_gradient.configs``, or None to have it chosen; splits: into how many shares
+    the pixels are split, whose sums are added in order; None likewise. Raises ``ValueError`` or ``TypeError``
+    for arguments that are no convolution's.
+    """
+    shape = _checked_shape(dy, "x", x, x.shape, weight_shape, stride, padding, dilation, groups)
+    if prologue is not None:
+        prologue = _checked_prologue(prologue, shape)
+    dtype = _checked_dtype(dtype, dy)
+    if splits is not None and splits < 1:
+        raise ValueError(f"splits={splits} must be at least 1")
+    if kernel_of(shape) == "depthwise":
+        from fastnets.kernels.depthwise_backward import depthwise_weight_gradient
+
+        return depthwise_weight_gradient(
+            dy, x, weight_shape, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            prologue=prologue, dtype=dtype, config=config,
+        )  # fmt: skip
+    precision = product_precision(dy)
+    return weight_gradient(WeightGradientCall(shape, dy, x, prologue, dtype, precision, config, splits))
+
+
+def _checked_dtype(dtype: torch.dtype | None, dy: torch.Tensor) -> torch.dtype:
+    dtype = dy.dtype if dtype is None else dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; supported: float32, float16, bfloat16")
+    return dtype
 
 
 def _checked_shape(dy, name, operand, x, weight, stride, padding, dilation, groups) -> ConvShape:

@@ -20,6 +20,7 @@ __all__ = [
     "ceil_div",
     "conv_call",
     "convolution_shape",
+    "pixel_pitch",
     "product_precision",
     "vector_width",
 ]
@@ -295,6 +296,16 @@ def stepping(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...
 def span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last, through all strides."""
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides))
+
+
+def pixel_pitch(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """The one distance between successive pixels of a tensor [N, C, H, W], or None where there is no such."""
+    N, _, H, W = sizes
+    of_image, _, of_row, of_pixel = strides
+    pitch = of_pixel if W > 1 else of_row if H > 1 else of_image
+    rows = H == 1 or of_row == W * pitch
+    images = N == 1 or of_image == H * W * pitch
+    return pitch if rows and images else None
 
 
 def ceil_div(size: int, block: int) -> int:

@@ -19,6 +19,7 @@ from fastnets.kernels.activation import activate
 
 __all__ = [
     "aligned",
+    "channel_vectors",
     "finish_tile",
     "moments",
     "normalized",
@@ -74,19 +75,31 @@ def within(position, extent):
 
 
 @triton.jit
-def normalized(x, c, inside_c, inside, vectors, negative_slope, ACTIVATION: tl.constexpr):
-    """act(bn(x)) of a tile x [rows, channels] in x's dtype, as if it had been stored; 0 where not inside.
+def channel_vectors(c, inside_c, vectors):
+    """(mean, scale, shift or None) of the channels c where inside_c, as ``normalized`` takes them.
 
-    c: the channels, where inside_c. vectors: pointers (mean, rstd, bn_weight or None, bn_bias or None).
+    vectors: pointers (mean, rstd, bn_weight or None, bn_bias or None).
     """
     mean, rstd, bn_weight, bn_bias = vectors
-    value = x.to(tl.float32) - tl.load(mean + c, mask=inside_c, other=0.0)[None, :]
-    scale = tl.load(rstd + c, mask=inside_c, other=0.0)
+    scale = tl.load(rstd + c, mask=inside_c, other=0.0).to(tl.float32)
     if bn_weight is not None:
         scale *= tl.load(bn_weight + c, mask=inside_c, other=0.0).to(tl.float32)
-    value *= scale[None, :]
+    shift = None
     if bn_bias is not None:
-        value += tl.load(bn_bias + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+        shift = tl.load(bn_bias + c, mask=inside_c, other=0.0).to(tl.float32)
+    return tl.load(mean + c, mask=inside_c, other=0.0).to(tl.float32), scale, shift
+
+
+@triton.jit
+def normalized(x, inside, channels, negative_slope, ACTIVATION: tl.constexpr):
+    """act(bn(x)) of a tile x [rows, channels] in x's dtype, as if it had been stored; 0 where not inside.
+
+    channels: what ``channel_vectors`` gives for them.
+    """
+    mean, scale, shift = channels
+    value = (x.to(tl.float32) - mean[None, :]) * scale[None, :]
+    if shift is not None:
+        value += shift[None, :]
     return tl.where(inside, activate(value, ACTIVATION, negative_slope), 0.0).to(x.dtype)
 
 
