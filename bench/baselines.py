@@ -1,8 +1,8 @@
 """The ways to run one stock network that a benchmark sets side by side.
 
-A variant takes the stock model (in eval mode, on its device, in its dtype) and returns what a user of that
-way would call, with the input laid out as that way wants it. Each works on a copy; the stock model is never
-touched.
+A variant takes the stock model (on its device, in its dtype, in eval mode or, where steps of training are to
+be timed, in train mode) and returns what a user of that way would call, with the input laid out as that way
+wants it. Each works on a copy; the stock model is never touched.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Variant:
     description: str
     prepare: Callable[[nn.Module, torch.Tensor], Prepared]
     ours: bool = False
+    trains: bool = True  # whether gradients can flow through what ``prepare`` returns
 
 
 def lay_out(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
@@ -40,7 +41,7 @@ def lay_out(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, torch.Tensor]
 
 
 def _eager(model: nn.Module, x: torch.Tensor) -> Prepared:
-    return model, x
+    return copy.deepcopy(model) if model.training else model, x
 
 
 def _channels_last(model: nn.Module, x: torch.Tensor) -> Prepared:
@@ -60,9 +61,16 @@ def _fold(model: nn.Module, x: torch.Tensor) -> Prepared:
 def _compile(model: nn.Module, x: torch.Tensor, mode: str | None = None) -> Prepared:
     laid_out, x = lay_out(copy.deepcopy(model), x)
     torch.compiler.reset()  # graphs of the network before would count against the recompile limit
+    if model.training:  # dropout as eager draws it, so that losses can be compared
+        return torch.compile(laid_out, options={"fallback_random": True, **_options(mode)}), x
     if x.device.type == "cpu":
         return torch.compile(laid_out, options={"freezing": True}), x
     return torch.compile(laid_out, mode=mode), x
+
+
+def _options(mode: str | None) -> dict[str, object]:
+    """A mode of ``torch.compile`` as options; it does not take both."""
+    return {} if mode is None else dict(torch._inductor.list_mode_options(mode))
 
 
 def _compile_reduce_overhead(model: nn.Module, x: torch.Tensor) -> Prepared:
@@ -120,11 +128,11 @@ VARIANTS: dict[str, Variant] = {
     for variant in (
         Variant("eager", "the stock network as it is", _eager),
         Variant("channels-last", "stock, weights and input channels-last", _channels_last),
-        Variant("folded", "batch norm folded by torch.fx, channels-last", _fold),
+        Variant("folded", "batch norm folded by torch.fx, channels-last", _fold, trains=False),
         Variant("compile", "torch.compile, channels-last (frozen weights on CPU)", _compile),
         Variant("compile-graphs", "torch.compile with CUDA graphs, channels-last", _compile_reduce_overhead),
-        Variant("onnxruntime", "ONNX Runtime on the CPU", _onnxruntime),
-        Variant("openvino", "OpenVINO on the CPU, float32", _openvino),
+        Variant("onnxruntime", "ONNX Runtime on the CPU", _onnxruntime, trains=False),
+        Variant("openvino", "OpenVINO on the CPU, float32", _openvino, trains=False),
         Variant("fastnets", "fastnets.optimize, its own choice of implementations", _fastnets("auto"), True),
         Variant("fastnets-library", "fastnets, the vendor's fused calls only", _fastnets("library"), True),
         Variant("fastnets-triton", "fastnets, its Triton kernels only", _fastnets("triton"), True),
@@ -135,8 +143,12 @@ VARIANTS: dict[str, Variant] = {
 BASELINE = "eager"
 
 
-def default_variants(device: torch.device | str) -> list[str]:
+def default_variants(device: torch.device | str, *, training: bool = False) -> list[str]:
     """The variants a benchmark runs unless told otherwise."""
+    return [name for name in _worth_running(device) if VARIANTS[name].trains or not training]
+
+
+def _worth_running(device: torch.device | str) -> list[str]:
     names = [BASELINE, "channels-last", "folded", "compile"]
     if torch.device(device).type == "cuda":
         return [*names, "compile-graphs", "fastnets", "fastnets-library", "fastnets-triton"]

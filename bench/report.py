@@ -123,7 +123,8 @@ HEADINGS = (
 
 def title(result: Result) -> str:
     shape = "×".join(map(str, result.input_shape))
-    return f"{result.network}, {shape}, {result.dtype}, inference, weights: {result.weights}"
+    what = "training step" if result.training else "inference"
+    return f"{result.network}, {shape}, {result.dtype}, {what}, weights: {result.weights}"
 
 
 def remarks(result: Result) -> list[str]:
@@ -189,6 +190,7 @@ def as_dict(run: Run) -> dict[str, Any]:
                 "weights": result.weights,
                 "input_shape": list(result.input_shape),
                 "dtype": result.dtype,
+                "training": result.training,
                 "coverage": result.coverage,
                 "implementations": result.implementations,
                 "interrupted": bool(result.comparison and result.comparison.interrupted),

@@ -1,12 +1,14 @@
 """Runs networks through the variants: prepares each, checks its answers, and only then measures.
 
 The accuracy gate stands before the clock. A variant whose answers are off by more than the error ratio of
-DESIGN allows (twice the stock network's own error against float64) is reported as wrong and not timed.
+DESIGN allows (twice the stock network's own error against float64; for training three times, of the loss and
+of every gradient) is reported as wrong and not timed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastnets.bench import baselines, environment
+from fastnets.bench import baselines, environment, training
 from fastnets.bench.measure import OUT_OF_MEMORY, Comparison, cpu_threads, is_out_of_memory, measure
 from fastnets.bench.networks import Network
 
@@ -32,6 +34,7 @@ class Settings:
     max_seconds: float | None = None
     threads: int | None = None
     channels_last: bool = False  # the stock network itself, and so every variant
+    training: bool = False  # steps of training instead of inference
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +72,7 @@ class Result:
     dtype: str
     rows: list[Row]
     comparison: Comparison | None = None
+    training: bool = False
     coverage: float | None = None
     implementations: dict[str, int] = field(default_factory=dict)
 
@@ -96,13 +100,19 @@ def _gate(stock: nn.Module, x: torch.Tensor, call: Callable, laid_out: torch.Ten
     """Judge the variant's answers on the benchmark's own input; fills the row's accuracy and tells
     whether to go on.
     """
-    from fastnets.fused.check import check
+    from fastnets.fused.check import ALLOWED_RATIO, check
 
-    def answer(_: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():  # as it will be timed; torch.compile would compile anew for another mode
-            return call(laid_out)
+    judged, answer, allowed_ratio = stock, call, ALLOWED_RATIO
+    if stock.training:
+        judged = training.Gradients(copy.deepcopy(stock)).normalized(x)
+        answer, allowed_ratio = training.Gradients(call, judged.norms), training.ALLOWED_RATIO
 
-    report = check(stock, answer, (x,))
+    # A function, because check would copy a module, and torch.compile would compile the copy anew.
+    def as_timed(_: torch.Tensor) -> Any:
+        with torch.inference_mode(not stock.training):
+            return answer(laid_out)
+
+    report = check(judged, as_timed, (x,), allowed_ratio=allowed_ratio)
     row.error_ratio = float(report.error_ratio)
     row.top1_agreement = None if report.top1_agreement is None else float(report.top1_agreement)
     if not report.ok:
@@ -115,14 +125,19 @@ def run_network(network: Network, settings: Settings, *, tell: Tell | None = Non
     """Prepare, check and measure every variant of one network."""
     tell = tell or (lambda *_: None)
     device = torch.device(settings.device)
-    names = settings.variants or tuple(baselines.default_variants(device))
-    stock = network.model.to(device=device, dtype=settings.dtype)
+    names = settings.variants or tuple(baselines.default_variants(device, training=settings.training))
+    stock = network.model.to(device=device, dtype=settings.dtype).train(settings.training)
     x = network.inputs(settings.batch_size, dtype=settings.dtype, device=device, seed=settings.seed)
     if settings.channels_last:
         stock, x = baselines.lay_out(stock, x)
     rows = [Row(name, baselines.VARIANTS[name].description, baselines.VARIANTS[name].ours) for name in names]
     result = Result(
-        network.name, network.weights, tuple(x.shape), str(settings.dtype).removeprefix("torch."), rows
+        network.name,
+        network.weights,
+        tuple(x.shape),
+        str(settings.dtype).removeprefix("torch."),
+        rows,
+        training=settings.training,
     )
     calls: dict[str, Callable[[], Any]] = {}
     try:
@@ -133,7 +148,7 @@ def run_network(network: Network, settings: Settings, *, tell: Tell | None = Non
                 if call is not None:
                     calls[row.variant] = call
             if calls:
-                with torch.inference_mode():
+                with torch.inference_mode(not settings.training):
                     result.comparison = measure(
                         calls,
                         device=device,
@@ -153,15 +168,17 @@ def run_network(network: Network, settings: Settings, *, tell: Tell | None = Non
 def _prepare(stock: nn.Module, x: torch.Tensor, row: Row, result: Result) -> Callable[[], Any] | None:
     variant = baselines.VARIANTS[row.variant]
     try:
+        if stock.training and not variant.trains:
+            raise baselines.Unavailable("it is for inference only")
         start = time.perf_counter()
         # copies are made outside inference mode: weights that are inference tensors could not be kept packed
         call, laid_out = variant.prepare(stock, x)
-        with torch.inference_mode():
-            call(laid_out)
+        with torch.inference_mode(not stock.training):
+            (training.Gradients(call) if stock.training else call)(laid_out)
             if x.device.type == "cuda":
                 torch.cuda.synchronize(x.device)
         row.ready_seconds = time.perf_counter() - start
-        if row.variant == "fastnets":
+        if row.variant == "fastnets" and not stock.training:
             _describe_coverage(call, laid_out, result)
         if not _gate(stock, x, call, laid_out, row):
             return None
@@ -172,7 +189,7 @@ def _prepare(stock: nn.Module, x: torch.Tensor, row: Row, result: Result) -> Cal
         row.note = OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         return None
     row.status = "measured"
-    return lambda: call(laid_out)
+    return training.training_step(call, laid_out) if stock.training else lambda: call(laid_out)
 
 
 def _describe_coverage(model: nn.Module, x: torch.Tensor, result: Result) -> None:

@@ -257,6 +257,9 @@ def bench(
     variants: Annotated[
         str | None, typer.Option("--variants", help="comma-separated; `--variants help` names them")
     ] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="time steps of training (forward, loss, backward, SGD)")
+    ] = False,
     rounds: Annotated[int, typer.Option("--rounds", min=3, help="visits to each variant")] = 20,
     max_seconds: Annotated[
         float | None, typer.Option("--max-seconds", min=0, help="end a network's rounds after this long")
@@ -295,6 +298,7 @@ def bench(
         max_seconds=max_seconds,
         threads=threads,
         channels_last=channels_last,
+        training=training,
         seed=seed,
     )
     report.refuse_unwritable(results or ())

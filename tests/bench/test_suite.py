@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastnets.bench import baselines, suite
+from fastnets.bench import baselines, report, suite
 from fastnets.bench.baselines import Unavailable, Variant
 from fastnets.bench.measure import OUT_OF_MEMORY
 from fastnets.bench.networks import Network, settle_batch_norms
@@ -168,3 +168,46 @@ def test_progress_is_told(network):
 def test_bad_settings(options, fact):
     with pytest.raises(ValueError, match=fact):
         suite.Settings(**options)
+
+
+def test_training_steps_are_checked_and_timed(network):
+    before = {key: value.clone() for key, value in network.model.state_dict().items()}
+    names = ["eager", "channels-last", "folded", "fastnets", "fastnets-library"]
+    result = suite.run_network(network, settings(*names, training=True))
+    measured = [name for name in names if name != "folded"]
+    assert status(result) == {
+        **dict.fromkeys(measured, ("measured", "")),
+        "folded": ("unavailable", "it is for inference only"),
+    }
+    for row in result.rows:
+        if row.variant in measured:
+            assert row.error_ratio <= 3
+            assert len(result.comparison.samples[row.variant].times) == 4
+    after = network.model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(parameter.grad is None for parameter in network.model.parameters())
+    assert "training step" in report.title(result)
+
+
+@pytest.mark.parametrize("layer", ["0", "1", "4"])
+def test_a_wrong_gradient_is_never_timed(network, add, layer):
+    def prepare(model, x):
+        wrong = copy.deepcopy(model)
+        wrong.get_submodule(layer).weight.register_hook(lambda gradient: gradient * 1.001)
+        return wrong, x
+
+    result = suite.run_network(network, settings("eager", add("wrong", prepare), training=True))
+    assert status(result)["wrong"][0] == "wrong"
+    assert "wrong" not in result.comparison.samples
+
+
+@pytest.mark.slow
+def test_compile_trains(network):
+    network.model.append(nn.Dropout())  # which must draw what eager draws
+    result = suite.run_network(network, settings("eager", "compile", training=True))
+    assert status(result)["compile"] == ("measured", "")
+
+
+def test_default_variants_of_training():
+    names = baselines.default_variants("cpu", training=True)
+    assert names == ["eager", "channels-last", "compile", "fastnets"]
