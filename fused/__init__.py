@@ -3,5 +3,17 @@
 from fastnets.fused.batch_norm import bn_add_act
 from fastnets.fused.conv import conv_bn_act
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
+from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 
-__all__ = ["BNAct", "ConvAct", "ConvBNAct", "ConvBNAddAct", "bn_add_act", "conv_bn_act"]
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool2d",
+    "BNAct",
+    "ConvAct",
+    "ConvBNAct",
+    "ConvBNAddAct",
+    "MaxPool2d",
+    "bn_add_act",
+    "conv_bn_act",
+]

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Windows", "adaptive_windows", "fixed_windows", "is_channels_last"]
+__all__ = [
+    "Windows",
+    "adaptive_index_dtype",
+    "adaptive_windows",
+    "fixed_windows",
+    "index_dtype",
+    "is_channels_last",
+]
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,24 @@ class Windows:
     @property
     def index_dtype(self) -> torch.dtype:
         """What holds every position in a window, and one more value for "no element"."""
-        return torch.uint8 if self.R * self.S <= 255 else torch.int32
+        if self.adaptive:
+            return adaptive_index_dtype((self.H, self.W), (self.P, self.Q))
+        return index_dtype(self.R * self.S)
 
     @property
     def is_whole_plane(self) -> bool:
         return self.adaptive and self.P == self.Q == 1
+
+
+def index_dtype(elements: int) -> torch.dtype:
+    """What holds the positions in a window of so many elements, and one more value."""
+    return torch.uint8 if elements <= 255 else torch.int32
+
+
+def adaptive_index_dtype(size: tuple[int, int], output_size: tuple[int, int]) -> torch.dtype:
+    """The same for adaptive windows, from a bound on their length that needs no search: sizes may be
+    symbolic."""
+    return index_dtype((size[0] // output_size[0] + 2) * (size[1] // output_size[1] + 2))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -123,7 +123,7 @@ def test_layouts(lane, layout, dtype):
 
 @pytest.mark.lanes("sm_90")
 @pytest.mark.parametrize(
-    "layout, dtype", zip(("expanded_pixels", "every_second_pixel", "misaligned"), DTYPES)
+    "layout, dtype", list(zip(("expanded_pixels", "every_second_pixel", "misaligned"), DTYPES))
 )
 def test_a_sample_of_layouts(lane, layout, dtype):
     check_layout(lane, layout, dtype)
@@ -245,13 +245,10 @@ def test_strictly(lane, layout):
     windows = fixed_windows((5, 6), (3, 3), (2, 2), (1, 1))
     dy = torch.randn(2, 8, windows.P, windows.Q).half()
     compare(lambda t: F.max_pool2d(t, 3, 2, 1), max_both(lane, x, dy, windows), x, dy)
-    windows = adaptive_windows((5, 6), (1, 1))
-    compare(
-        lambda t: F.adaptive_avg_pool2d(t, 1),
-        average_both(lane, x, dy[..., :1, :1], windows),
-        x,
-        dy[..., :1, :1],
-    )
+    # Triton's layout conversion behind a sum over pixels has several warps write the same value.
+    lane, dy = lane.but(shared_races=None), dy[..., :1, :1]
+    ours = average_both(lane, x, dy, adaptive_windows((5, 6), (1, 1)))
+    compare(lambda t: F.adaptive_avg_pool2d(t, 1), ours, x, dy)
 
 
 @slow
