@@ -181,7 +181,7 @@ def suits(config: Config, kernel: str, vectors: bool, crowded: bool) -> bool:
     """Whether a config leaves registers for the addresses of a call.
 
     vectors: operands load several elements at a time, and not one by one, each from an address of its own.
-    crowded: addresses take 64 bits, or the residual's are scattered.
+    crowded: addresses take 64 bits, or the residual's are scattered, or operands pass through registers.
     """
     if kernel == "joint":
         return vectors or config.BLOCK_M <= 64
@@ -204,7 +204,7 @@ def addressing(call: ConvCall, flags: dict[str, object]) -> tuple[bool, bool]:
     """What ``suits`` asks of a call: (vectors, crowded)."""
     vectors = flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
     scattered = call.residual is not None and not flags["DENSE_RESIDUAL"]
-    return vectors, flags["WIDE"] or scattered
+    return vectors, flags["WIDE"] or scattered or call.prologue is not None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -75,6 +75,14 @@ class ConvShape:
         return self.R * self.S
 
     @property
+    def geometry(self) -> dict[str, int]:
+        """Filter, stride, padding and dilation, by the names of the kernels' compile-time arguments."""
+        names = ("STRIDE", "PAD", "DILATION")
+        pairs = zip(names, (self.stride, self.padding, self.dilation))
+        sides = {f"{name}_{side}": size for name, pair in pairs for side, size in zip("HW", pair)}
+        return {"R": self.R, "S": self.S, **sides}
+
+    @property
     def flops(self) -> int:
         """A multiply-add counts as two."""
         return 2 * self.M * self.K * self.group_channels * self.taps
@@ -175,14 +183,7 @@ def _layout(
     x_steps = (shape.group_channels, x_n, x_h, x_w)
     weight_steps = (shape.group_channels, weight_k, weight_r, weight_s)
     flags = {
-        "R": shape.R,
-        "S": shape.S,
-        "STRIDE_H": shape.stride[0],
-        "STRIDE_W": shape.stride[1],
-        "PAD_H": shape.padding[0],
-        "PAD_W": shape.padding[1],
-        "DILATION_H": shape.dilation[0],
-        "DILATION_W": shape.dilation[1],
+        **shape.geometry,
         "VECTOR_X": vector_width(element_size, *x_steps) if x_c == 1 else 1,
         "VECTOR_WEIGHT": vector_width(element_size, *weight_steps) if weight_c == 1 else 1,
         "VECTOR_Y": vector_width(element_size, shape.group_outputs),

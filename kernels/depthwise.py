@@ -53,6 +53,35 @@ def is_used(row, pixels, stride, dilation, taps):
     return any((row - p * stride) in range(0, taps * dilation, dilation) for p in range(pixels))
 
 
+@triton.jit
+def walk_rows(
+    sums, taps, image, h0, w, w_mask, k_mask, H, x_h, x_w, complete,
+    X_VEC: tl.constexpr, BLOCK_P: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+):  # fmt: skip
+    """sums [BLOCK_P] of [BLOCK_M, BLOCK_K], and what the R taps of one filter column add to them.
+
+    image: pointers [BLOCK_M, BLOCK_K] to row 0; h0, w: the first pixel under the filter, x_h and x_w its
+    strides in units of X_VEC. complete: None, or whether taps[0] takes part; 0 · NaN would be NaN.
+    """
+    for row in tl.static_range((BLOCK_P - 1) * STRIDE + (R - 1) * DILATION + 1):
+        if is_used(row, BLOCK_P, STRIDE, DILATION, R):
+            h = h0 + row
+            mask = (w_mask & (h >= 0) & (h < H))[:, None] & k_mask[None, :]
+            offset = ((h * x_h + w * x_w) * X_VEC)[:, None]
+            value = tl.load(image + offset, mask=mask, other=0.0).to(tl.float32)
+            added = ()
+            for p in tl.static_range(BLOCK_P):
+                if filter_row(row, p, STRIDE, DILATION, R) >= 0:
+                    product = value * taps[filter_row(row, p, STRIDE, DILATION, R)]
+                    if complete is not None and filter_row(row, p, STRIDE, DILATION, R) == 0:
+                        product = tl.where(complete, product, 0.0)
+                    added = added + (sums[p] + product,)
+                else:
+                    added = added + (sums[p],)
+            sums = added
+    return sums
+
+
 @triton.jit(
     do_not_specialize=[
         *("columns_total", "k_units", "H", "W", "P", "Q", "p_tiles", "pad_h", "pad_w"),
@@ -112,20 +141,10 @@ def depthwise_conv_kernel(
             for r in tl.static_range(R):
                 tap = tl.load(filters + (r * w_r + s * w_s) * W_VEC, mask=k_mask, other=0.0)
                 taps = taps + (tap.to(tl.float32)[None, :],)
-            for row in tl.static_range((BLOCK_P - 1) * STRIDE_H + (R - 1) * DILATION_H + 1):
-                if is_used(row, BLOCK_P, STRIDE_H, DILATION_H, R):
-                    h = h0 + row
-                    mask = (w_mask & (h >= 0) & (h < H))[:, None] & k_mask[None, :]
-                    offset = ((h * x_h + w * x_w) * X_VEC)[:, None]
-                    value = tl.load(image + offset, mask=mask, other=0.0).to(tl.float32)
-                    added = ()
-                    for p in tl.static_range(BLOCK_P):
-                        if filter_row(row, p, STRIDE_H, DILATION_H, R) >= 0:
-                            tap = taps[filter_row(row, p, STRIDE_H, DILATION_H, R)]
-                            added = added + (sums[p] + value * tap,)
-                        else:
-                            added = added + (sums[p],)
-                    sums = added
+            sums = walk_rows(
+                sums, taps, image, h0, w, w_mask, k_mask, H, x_h, x_w, None,
+                X_VEC, BLOCK_P, R, STRIDE_H, DILATION_H,
+            )  # fmt: skip
     else:
         for rs in range(R * S):
             r = rs // S
@@ -201,27 +220,34 @@ _BLOCK_K = (64, 32, 16)
 _BLOCK_P = (4, 2, 1)
 
 
-def _config(block_k: int, block_p: int) -> Config:
-    return Config(BLOCK_M=1024 // block_k, BLOCK_K=block_k, BLOCK_P=block_p, num_warps=4, num_stages=1)
+def _config(block_k: int, block_p: int, elements: int = 1024) -> Config:
+    return Config(BLOCK_M=elements // block_k, BLOCK_K=block_k, BLOCK_P=block_p, num_warps=4, num_stages=1)
+
+
+def block_configs(elements: int = 1024) -> list[Config]:
+    """Every config that ``pick_config`` may pick."""
+    return [_config(block_k, block_p, elements) for block_k in _BLOCK_K for block_p in _BLOCK_P]
 
 
 def configs(device: Device) -> list[Config]:
     """Every config that may be picked on ``device``: the same everywhere, the kernel is bound by memory."""
-    return [_config(block_k, block_p) for block_k in _BLOCK_K for block_p in _BLOCK_P]
+    return block_configs()
 
 
-def _pick(N: int, K: int, P: int, Q: int, unroll: bool, multiprocessors: int) -> Config:
+def pick_config(
+    N: int, K: int, P: int, Q: int, unroll: bool, multiprocessors: int, elements: int = 1024
+) -> Config:
     """Wide channel blocks unless much of them is padding; tall columns unless they leave the device idle."""
     padded = {b: tiles(K, b) * b for b in _BLOCK_K}
     least_padded = min(_BLOCK_K, key=lambda b: (padded[b], -b))
     block_k = next((b for b in _BLOCK_K if padded[b] <= 1.2 * K), least_padded)
     if not unroll:
-        return _config(block_k, 1)
+        return _config(block_k, 1, elements)
     for block_p in _BLOCK_P:
-        blocks = tiles(N * tiles(P, block_p) * Q, 1024 // block_k) * tiles(K, block_k)
+        blocks = tiles(N * tiles(P, block_p) * Q, elements // block_k) * tiles(K, block_k)
         if tiles(P, block_p) * block_p <= 1.2 * P + 1 and blocks >= 4 * multiprocessors:
             break
-    return _config(block_k, block_p)
+    return _config(block_k, block_p, elements)
 
 
 @dataclass(frozen=True)
@@ -251,7 +277,7 @@ def _plan(
         return Plan(output)
     unroll = R <= MAX_UNROLLED_ROWS
     if config is None:
-        config = _pick(N, K, P, Q, unroll, multiprocessors)
+        config = pick_config(N, K, P, Q, unroll, multiprocessors)
     block_p = config.BLOCK_P
     if block_p > 1 and not unroll:
         raise UnsupportedConfig(f"{_WHO}: {R} filter rows need BLOCK_P=1, not {block_p}")
