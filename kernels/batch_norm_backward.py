@@ -32,10 +32,10 @@ from fastnets.kernels.channel_tiles import (
     step_offsets,
 )
 from fastnets.kernels.device import Device
-from fastnets.kernels.launch import Config, launch
-from fastnets.kernels.partial_sums import sum_rows
+from fastnets.kernels.launch import Config, RepresentativeCall, launch
+from fastnets.kernels.partial_sums import ROWS_PER_PROGRAM, sum_rows
 
-__all__ = ["bn_backward_input", "bn_backward_sums", "configs"]
+__all__ = ["bn_backward_input", "bn_backward_sums", "configs", "representative_calls"]
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def bn_backward_sums(
     of = channel_tiles(
         tuple(x.shape), (order, *(t.stride() for t in tensors)), min(t.element_size() for t in tensors)
     )
-    config, splits, steps_per_split = reduction_config(of, x, config)
+    config, splits, steps_per_split = reduction_config(of, x, config, ROWS_PER_PROGRAM)
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     vectors = contiguous_vectors(mean, rstd, bn_weight, bn_bias)
     launch(
@@ -359,3 +359,68 @@ def bn_backward_input(
 def configs(device: Device) -> list[Config]:
     """Every config of both kernels."""
     return [*reduction_configs(), *pass_configs()]
+
+
+def representative_calls() -> list[RepresentativeCall]:
+    """Meta tensors in the layouts and dtypes that networks have: see ``kernels``."""
+    last = torch.channels_last
+
+    def tensor(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
+        return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+
+    def sums(shape, dtype, memory_format=torch.contiguous_format, *, activation="relu", dy=None, **options):
+        x = tensor(shape, dtype, memory_format)
+        gradient = {
+            None: x,
+            "contiguous": tensor(shape, dtype),
+            "expanded": tensor((*shape[:2], 1, 1), dtype).expand(shape),
+        }[dy]
+        residual = x if options.get("residual") else None
+        mask = torch.empty(bytes_of(x), dtype=torch.uint8, device="meta") if options.get("mask") else None
+        vectors = [tensor(shape[1]) for _ in range(4)]
+
+        def thunk(config=None):
+            return bn_backward_sums(
+                gradient, x, *vectors, residual, mask, activation=activation,
+                keep=options.get("keep", False), config=config,
+            )  # fmt: skip
+
+        return thunk
+
+    def gradient(shape, dtype, memory_format=torch.contiguous_format, *, activation="none", count=1.0):
+        x = tensor(shape, dtype, memory_format)
+        vectors = [tensor(shape[1]) for _ in range(4)]
+        of = (None, None) if count is None else (tensor((2, shape[1])), count)
+
+        def thunk(config=None):
+            return bn_backward_input(
+                x, x, *vectors, *of, activation=activation, batch_statistics=count is not None, config=config
+            )
+
+        return thunk
+
+    half, bf16, full = torch.float16, torch.bfloat16, torch.float32
+    large, small = (32, 64, 56, 56), (32, 512, 7, 7)
+    count = tensor(())
+    table = [
+        ("sums, channels-last fp16, relu", sums(large, half, last)),
+        ("sums, channels-last bf16, silu", sums(large, bf16, last, activation="silu")),
+        ("sums, channels-last fp32, add, gelu", sums(large, full, last, residual=True, activation="gelu")),
+        ("sums, channels-last fp16, add, kept", sums(large, half, last, residual=True, keep=True)),
+        ("sums, channels-last fp16, mask, kept", sums(large, half, last, mask=True, keep=True)),
+        ("sums, channels-last fp16, contiguous dy", sums(large, half, last, dy="contiguous")),
+        ("sums, channels-last bf16, expanded dy", sums(large, bf16, last, dy="expanded")),
+        ("sums, channels-last fp16, odd C", sums((8, 27, 9, 9), half, last)),
+        ("sums, contiguous fp16, add, kept", sums(large, half, residual=True, keep=True)),
+        ("sums, contiguous fp32, 7x7, hardswish", sums(small, full, activation="hardswish")),
+        ("sums, contiguous bf16, mask", sums(large, bf16, mask=True, keep=True)),
+        ("input gradient, channels-last fp16", gradient(large, half, last)),
+        ("input gradient, channels-last bf16, silu", gradient(large, bf16, last, activation="silu")),
+        ("input gradient, channels-last fp32, relu, count on device",
+         gradient(large, full, last, activation="relu", count=count)),
+        ("input gradient, frozen, channels-last fp16, relu",
+         gradient(large, half, last, activation="relu", count=None)),
+        ("input gradient, contiguous bf16, relu", gradient(large, bf16, activation="relu")),
+        ("input gradient, contiguous fp32, 7x7", gradient(small, full)),
+    ]  # fmt: skip
+    return [RepresentativeCall(name, thunk) for name, thunk in table]

@@ -30,13 +30,14 @@ from fastnets.kernels.channel_tiles import (
     check_vectors,
     contiguous_vectors,
     memory_order,
+    pass_configs,
     reduction_config,
     reduction_configs,
     step_index,
     step_offsets,
 )
 from fastnets.kernels.device import Device
-from fastnets.kernels.launch import Config, UnsupportedConfig, launch, tiles
+from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch, tiles
 
 __all__ = [
     "Statistics",
@@ -47,6 +48,7 @@ __all__ = [
     "finalize_statistics",
     "merge_statistics",
     "normalize_add_act",
+    "representative_calls",
 ]
 
 
@@ -63,6 +65,19 @@ class Statistics(NamedTuple):
 
 
 # --- statistics ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _on_grid(pivot, spread):
+    """The pivot rounded to an eighth of the power of two below the spread, as far as fp32 goes.
+
+    Differences of short numbers (16-bit data, integers) from it are then exact. From a pivot of 24 bits all
+    of them would be rounded alike, and their sum be off by as much.
+    """
+    power = (spread.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    # Adding it leaves no room for digits below power / 8.
+    shift = tl.where(power < 1e30, power, 0.0) * 1572864.0
+    return (pivot + shift) - shift
 
 
 @triton.jit(do_not_specialize=["sizes", "x_strides", "steps", "steps_per_split"])
@@ -100,6 +115,7 @@ def channel_statistics_kernel(
     pivot = tl.sum(value, axis=0) / tl.sum(counted, axis=0)
     # An infinite pivot would make the finite values' sums NaN too.
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+    pivot = _on_grid(pivot, tl.max(tl.where(valid, tl.abs(value - pivot[None, :]), 0.0), axis=0))
     total = tl.where(valid, value - pivot[None, :], 0.0)
     squares = total * total
     for step in range(begin + 1, end):
@@ -199,6 +215,7 @@ def merge_statistics_kernel(
     first = tl.load(mean + at, mask=valid, other=0.0).to(tl.float32)
     pivot = tl.sum(first * n[:, None], axis=0) / tl.maximum(tl.sum(n, axis=0), 1.0)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+    pivot = _on_grid(pivot, tl.max(tl.where(valid, tl.abs(first - pivot[None, :]), 0.0), axis=0))
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         n = tl.load(count + part, mask=part < parts, other=0.0)
@@ -368,15 +385,71 @@ _MANY_PARTS = Config(BLOCK_PARTS=512, BLOCK_CHANNELS=8, num_warps=8, num_stages=
 
 
 def configs(device: Device) -> list[Config]:
-    """Every config of this file's own kernels: of the statistics' first pass and of merging."""
-    return [*reduction_configs(), _FEW_PARTS, _MANY_PARTS]
+    """Every config of this file's launchers: of the first pass of statistics, of merging, of normalising."""
+    return [*reduction_configs(), _FEW_PARTS, _MANY_PARTS, *pass_configs()]
 
 
 def _check_statistics(function: str, statistics: Statistics) -> list[torch.Tensor]:
     mean, m2, count = statistics
-    if mean.dim() != 2 or m2.shape != mean.shape or count.shape != mean.shape[:1] or not len(count):
+    if mean.dim() != 2 or m2.shape != mean.shape or count.shape != mean.shape[:1]:
         raise ValueError(
             f"{function}: mean {tuple(mean.shape)}, m2 {tuple(m2.shape)} and count {tuple(count.shape)} must "
-            "be [T, C], [T, C] and [T] with T > 0"
+            "be [T, C], [T, C] and [T]"
         )
     return contiguous_vectors(*statistics)
+
+
+def representative_calls() -> list[RepresentativeCall]:
+    """Meta tensors in the layouts and dtypes that networks have: see ``kernels``."""
+
+    def tensor(*shape, dtype=torch.float32, memory_format=torch.contiguous_format):
+        return torch.empty(*shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+
+    def statistics(*shape, dtype, memory_format=torch.contiguous_format):
+        x = tensor(*shape, dtype=dtype, memory_format=memory_format)
+        return lambda config=None: channel_statistics(x, config=config)
+
+    def parts(count, channels, mean_dtype=torch.float32, running=None):
+        of = Statistics(tensor(count, channels, dtype=mean_dtype), tensor(count, channels), tensor(count))
+
+        def thunk(config=None):
+            if running is None:
+                return merge_statistics(of, config=config)
+            vectors = [None if running == "none" else tensor(channels, dtype=running) for _ in range(2)]
+            return finalize_statistics(of, *vectors, momentum=0.1, eps=1e-5, config=config)
+
+        return thunk
+
+    def normalized(dtype, memory_format, shape=(32, 64, 56, 56), activation="relu", residual=True):
+        x = tensor(*shape, dtype=dtype, memory_format=memory_format)
+        vectors = [tensor(shape[1]) for _ in range(4)]
+
+        def thunk(config=None):
+            return normalize_add_act(
+                x, *vectors, x if residual else None, activation=activation, mask=True, config=config
+            )
+
+        return thunk
+
+    last = torch.channels_last
+    half, bf16, full = torch.float16, torch.bfloat16, torch.float32
+    table = [
+        ("statistics, channels-last fp16", statistics(32, 64, 56, 56, dtype=half, memory_format=last)),
+        ("statistics, channels-last fp32", statistics(32, 256, 14, 14, dtype=full, memory_format=last)),
+        ("statistics, channels-last bf16, odd C", statistics(8, 27, 9, 9, dtype=bf16, memory_format=last)),
+        ("statistics, contiguous bf16", statistics(32, 64, 56, 56, dtype=bf16)),
+        ("statistics, contiguous fp32, 7x7", statistics(32, 512, 7, 7, dtype=full)),
+        ("merge", parts(1056, 64)),
+        ("merge, fp64 means", parts(33, 2048, torch.float64)),
+        ("finalize", parts(784, 128, running=full)),
+        ("finalize, fp64 means, bf16 running statistics", parts(132, 256, torch.float64, bf16)),
+        ("finalize without running statistics", parts(33, 2048, running="none")),
+        ("normalise with mask, channels-last fp16", normalized(half, last)),
+        ("normalise with mask, channels-last fp32, relu6", normalized(full, last, activation="relu6")),
+        ("normalise with mask, contiguous bf16", normalized(bf16, torch.contiguous_format, residual=False)),
+        (
+            "normalise, then mask, contiguous fp16, 7x7, relu6",
+            normalized(half, torch.contiguous_format, (32, 512, 7, 7), "relu6", False),
+        ),
+    ]
+    return [RepresentativeCall(name, thunk) for name, thunk in table]

@@ -224,19 +224,20 @@ def pass_config(of: ChannelTiles, x: torch.Tensor, config: Config | None = None)
 
 
 def reduction_config(
-    of: ChannelTiles, x: torch.Tensor, config: Config | None = None
+    of: ChannelTiles, x: torch.Tensor, config: Config | None = None, most: int = 2**31
 ) -> tuple[Config, int, int]:
     """(config, programs that share the steps of one tile of channels, steps of each) of a reduction.
 
-    Programs are enough for eight on every multiprocessor, but with four steps each, so that partial results
-    stay small beside what is read; with fewer where multiprocessors would have nothing to do at all.
+    most: parts that the second stage takes at once. Programs are enough for eight on every multiprocessor,
+    but with four steps each, so that partial results stay small beside what is read; with fewer where
+    multiprocessors would have nothing to do at all.
     """
     config = _with_blocks(config) if config is not None else _config(_pick(of, _REDUCTION_BLOCKS))
     steps, columns = of.steps(config), of.channel_tiles(config)
     multiprocessors = current_device(x).multiprocessors
     least = min(steps, tiles(multiprocessors, columns))
     splits = max(min(tiles(8 * multiprocessors, columns), steps // 4), least, 1)
-    each = tiles(steps, splits)
+    each = tiles(steps, min(splits, most))
     # No program without a step.
     return config, tiles(steps, each), each
 
