@@ -14,6 +14,7 @@ from fastnets.fused.capture import CaptureError, capture, has_hooks
 from fastnets.fused.layout import is_stock
 from fastnets.fused.optimize import restore
 from fastnets.fused.patterns import Fusion, Left, is_batch_norm, is_convolution
+from fastnets.fused.saved import SavedBytes
 from fastnets.fused.swap import Rewritten, blueprint_of, is_sequential, variants_in_force
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -56,12 +57,15 @@ class Report:
             additions and activations that follow one; "flops" and "bytes": of all convolutions, linear layers
             and batch norms of the network, present where the shapes are known.
         notes: remarks on the network as a whole.
+        saved_bytes: what a training step keeps for its backward, "stock" and "fused"; empty where the shapes
+            are not known or nothing is trained.
     """
 
     model: str
     rows: list[Row]
     coverage_by: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    saved_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
@@ -96,6 +100,9 @@ class Report:
             text += f"{self.coverage_by['bytes']:.1%} of the bytes that stock moves"
         else:
             text += "\nno FLOPs: give example_inputs to explain or to optimize"
+        if self.saved_bytes:
+            stock, fused = (self.saved_bytes[key] / 2**20 for key in ("stock", "fused"))
+            text += f"\nkept for the backward of a training step: {fused:,.1f} MiB, by stock {stock:,.1f} MiB"
         return text
 
 
@@ -106,7 +113,8 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
     FLOPs, bytes and implementations by shape; only their shapes are used. ``optimize`` keeps those that it
     was given.
 
-    The report is on evaluation mode. Raises ``TypeError`` where ``model`` is not a module.
+    The report is on evaluation mode, but for what a training step keeps for its backward. Raises
+    ``TypeError`` where ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastnets.explain expects an nn.Module, got {type(model).__name__}")
@@ -119,7 +127,7 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
         )
     elif any(is_batch_norm(m) and m.training for m in model.modules()):
         notes.append(
-            "the network is in training mode: where a batch norm is, the stock layers run until .eval()"
+            "the network is in training mode: the implementations are those that will run after .eval()"
         )
     report = Report(f"{type(model).__name__}", rows, notes=notes)
     counted = [row for row in rows if row.counts]
@@ -127,6 +135,7 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
     if shapes.known:
         report.coverage_by["flops"] = _share(rows, "flops")
         report.coverage_by["bytes"] = _share(rows, "bytes")
+        report.saved_bytes = shapes.saved_bytes(model, notes)
     return report
 
 
@@ -316,11 +325,11 @@ class _Shapes:
         self.calls: dict[str, list[tuple[list[tuple], list[tuple]]]] = {}
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.known = False
-        arguments = self._arguments(model, example_inputs)
-        if arguments is None:
+        self.arguments = self._arguments(model, example_inputs)
+        if self.arguments is None:
             return
         try:
-            self._run(model, arguments)
+            self._run(model)
             self.known = True
         except Exception as error:  # the network may not run on meta tensors, or not be copyable
             notes.append(
@@ -344,19 +353,28 @@ class _Shapes:
         ]
         return pytree.tree_unflatten(leaves, spec)
 
-    def _run(self, model: nn.Module, arguments: tuple) -> None:
-        memo: dict[int, object] = {}
-        for p in model.parameters():
-            memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-        for b in model.buffers():
-            memo[id(b)] = torch.empty_like(b, device="meta")
-        twin = restore(copy.deepcopy(model, memo)).eval()
+    def _run(self, model: nn.Module) -> None:
+        twin = restore(_on_meta(model)).eval()
         for path, module in twin.named_modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                hooks.clear()
             module.register_forward_hook(self._recorder(path))
         with torch.no_grad():
-            twin(*arguments)
+            twin(*self.arguments)
+
+    def saved_bytes(self, model: nn.Module, notes: list[str]) -> dict[str, int]:
+        """What the forward of a training step keeps for its backward, of stock and of ``model`` as it is."""
+        if not any(p.requires_grad for p in model.parameters()):
+            return {}
+        found = {}
+        try:
+            for name, twin in (("stock", restore(_on_meta(model))), ("fused", _on_meta(model))):
+                saved = SavedBytes(twin.train())
+                with torch.enable_grad(), dispatch.assume_device_type(_device_of([model])), saved.watching():
+                    twin(*self.arguments)
+                found[name] = saved.total
+        except Exception as error:  # one value per channel, say, or an op that meta tensors have not
+            notes.append(f"what a training step keeps is unknown: its forward raises {_first_line(error)}")
+            return {}
+        return found
 
     def _recorder(self, path: str):
         def record(module, args, output):
@@ -388,6 +406,24 @@ class _Shapes:
             elements += read + written
             elements += sum(3 * written if part == "add" else 2 * written for part in parts[1:])
         return flops, elements * self.dtype.itemsize
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, without hooks."""
+    memo: dict[int, object] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+    return twin
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _numel(shape: tuple) -> int:

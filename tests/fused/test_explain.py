@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fastnets
+from fastnets.fused.saved import SavedBytes
 from tests.fused.networks import Classifier, Residual, images, settled
 
 
@@ -172,3 +173,31 @@ def test_inputs_that_do_not_fit_are_told():
     report = fastnets.explain(fastnets.optimize(settled(Classifier())), images(1, 7, 12, 12))
     assert "shapes are unknown" in str(report)
     assert report.coverage == 1
+
+
+def test_what_a_training_step_keeps():
+    stock = settled(Classifier()).train()
+    x = images(4, 3, 12, 12)
+    kept = SavedBytes(stock)
+    with kept.watching():
+        stock(x)
+    report = fastnets.explain(fastnets.optimize(stock), x)
+    assert report.saved_bytes["stock"] == kept.total
+    assert report.saved_bytes["fused"] > 0
+    assert f"by stock {kept.total / 2**20:,.1f} MiB" in str(report)
+
+
+def test_what_a_training_step_keeps_on_stock_itself():
+    stock = settled(Classifier())
+    report = fastnets.explain(stock, images(4, 3, 12, 12))
+    assert report.saved_bytes["stock"] == report.saved_bytes["fused"] > 0
+    assert not stock.training
+    assert fastnets.explain(stock.requires_grad_(False), images(4, 3, 12, 12)).saved_bytes == {}
+
+
+def test_a_step_that_cannot_be_taken_is_said():
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    report = fastnets.explain(stock, images(1, 3, 3, 3))
+    assert report.saved_bytes == {}
+    assert "what a training step keeps is unknown: its forward raises ValueError" in str(report)
+    assert "more than 1 value per channel" in str(report)
