@@ -90,16 +90,13 @@ class StepTable:
 
         table = Table(title=self.title, caption="counted, not measured: see fastnets.bench.traffic")
         table.add_column("way", no_wrap=True)
-        for header in ("MiB moved", "of eager", "forward", "backward", "launches", "MiB saved", "of eager"):
+        for header in ("MiB moved", "ratio", "launches", "MiB saved", "ratio"):
             table.add_column(header, justify="right", no_wrap=True)
         for name, traffic in self.traffic.items():
-            forward = sum(r.moved.bytes for r in traffic.records if not r.in_backward)
             table.add_row(
                 name,
                 mebibytes(traffic.bytes),
                 f"{self.share(name):.3f}",
-                mebibytes(forward),
-                mebibytes(traffic.bytes - forward),
                 str(traffic.launches),
                 mebibytes(traffic.saved_bytes),
                 f"{self.saved_share(name):.3f}",

@@ -3,7 +3,8 @@
     from fastnets.bench.traffic import compare
     print(compare(stock, fastnets.optimize(stock), torch.empty(32, 3, 224, 224, device="meta")))
 
-or ``python -m fastnets.bench.traffic resnet50 -b 32``. Nothing is timed and no GPU is needed: on meta tensors
+or ``python -m fastnets.bench.traffic resnet50 -b 32``; with ``--training`` first every way to run the step
+beside eager (``bench.step_traffic``), then the layers. Nothing is timed and no GPU is needed: on meta tensors
 only shapes are computed, and kernels are not launched but reported.
 
 The convention is that of ``fastnets.bench.passes``: every op that PyTorch dispatches reads its tensor
@@ -26,7 +27,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,19 @@ from torch.utils._pytree import tree_leaves
 from fastnets.bench.counter import Counter, Moved, Traffic, mebibytes
 from fastnets.fused import dispatch
 
+if TYPE_CHECKING:
+    from fastnets.bench.networks import Network
+    from fastnets.bench.step_traffic import StepTable
+
 __all__ = ["Comparison", "Moved", "Traffic", "compare", "count"]
+
+
+DTYPES = {
+    **{name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")},
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 def count(
@@ -214,12 +227,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = []
     for name in options.models:
         try:
-            found.append(_compare_by_name(name, options))
+            network = networks.load(name, img_size=options.img_size)
+            if options.training and options.device == "cuda":
+                found.append(_count_ways(network, options))
+                console.print(found[-1].table())
+            found.append(_compare_layers(network, options))
         except (networks.UnknownNetwork, networks.MissingPackage, ValueError) as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
         console.print(found[-1].table(options.depth))
     if options.json is not None:
-        options.json.write_text(json.dumps([comparison.to_json() for comparison in found], indent=1))
+        options.json.write_text(json.dumps([result.to_json() for result in found], indent=1))
     return 0
 
 
@@ -231,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="NAME, torchvision:NAME or timm:NAME")
     parser.add_argument("-b", "--batch-size", type=int, default=32)
     parser.add_argument("--img-size", type=int, help="pixels of each side (the network's own by default)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--backend", choices=dispatch.BACKENDS, default="auto")
     parser.add_argument(
         "--device",
@@ -243,25 +260,34 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu", help="with --device cuda: the GPU that kernels are configured for, e.g. h100"
     )
     parser.add_argument("--training", action="store_true", help="a forward and backward pass in train mode")
+    parser.add_argument(
+        "--ways",
+        metavar="WAY,...",
+        help="with --training: the ways to count beside eager, all by default "
+        "(eager, inductor, library, library-less, triton, triton-less); inductor takes minutes",
+    )
     parser.add_argument("--depth", type=int, default=2, help="parts of the module path per row (0: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every layer there")
     return parser
 
 
-def _compare_by_name(name: str, options: argparse.Namespace) -> Comparison:
-    from fastnets.bench import networks
-    from fastnets.fused.optimize import optimize
-
-    network = networks.load(name, img_size=options.img_size)
-    dtype = getattr(torch, options.dtype)
+def _stock_and_images(network: Network, options: argparse.Namespace) -> tuple[nn.Module, Tensor, str]:
+    """The stock network and its images where the options want them, and a title for what is counted."""
+    dtype = DTYPES[options.dtype]
     device = "meta" if options.device == "cuda" else "cpu"
-    stock = network.model.to(device=device, dtype=dtype)
     x = torch.empty(options.batch_size, *network.input_shape, device=device, dtype=dtype)
     if device == "cpu":
         x.normal_()
     what = "forward and backward" if options.training else "inference"
-    size = "×".join(map(str, x.shape))
-    title = f"{name}, {what}, {size}, {options.dtype}, {options.device}, backend {options.backend}"
+    title = f"{network.name}, {what}, {'×'.join(map(str, x.shape))}, {str(dtype).removeprefix('torch.')}"
+    return network.model.to(device=device, dtype=dtype), x, title
+
+
+def _compare_layers(network: Network, options: argparse.Namespace) -> Comparison:
+    from fastnets.fused.optimize import optimize
+
+    stock, x, title = _stock_and_images(network, options)
+    title += f", {options.device}, backend {options.backend}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(dispatch.backend(options.backend))
         stack.enter_context(dispatch.assume_device_type(options.device))
@@ -270,6 +296,19 @@ def _compare_by_name(name: str, options: argparse.Namespace) -> Comparison:
 
             stack.enter_context(assume_device(options.gpu))
         return compare(stock, optimize(stock), x, training=options.training, title=title)
+
+
+def _count_ways(network: Network, options: argparse.Namespace) -> StepTable:
+    from fastnets.bench.step_traffic import WAYS, count_step
+
+    stock, x, title = _stock_and_images(network, options)
+    ways = options.ways.split(",") if options.ways is not None else tuple(WAYS)
+    gpu = options.gpu or "h100"
+
+    def tell(way: str) -> None:
+        print(f"{network.name}: counting {way}", file=sys.stderr, flush=True)
+
+    return count_step(stock, x, ways=ways, gpu=gpu, title=f"{title}, {gpu}", tell=tell)
 
 
 if __name__ == "__main__":
