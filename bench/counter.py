@@ -184,7 +184,8 @@ class Counter(TorchDispatchMode):
         outer = self.owner
         if outer is None:
             self.owner = self.owner_of(args) or self.layer()
-            self.remember_node()
+            # An autograd.Function calls the op with gradients off, and its own node made before.
+            self.remember_node(any(t.requires_grad for t in tensors_in(args)))
         try:
             positional = [
                 *args,
@@ -211,12 +212,13 @@ class Counter(TorchDispatchMode):
             return self.owner_of((variable,)) or ""
         return self.layer_of_node.get(node._sequence_nr(), "")
 
-    def remember_node(self) -> None:
+    def remember_node(self, recorded: bool = False) -> None:
         """Notes whose backward the newest autograd node is.
 
         An op's node is made just before the op is dispatched, so the first op that sees a node is its own.
+        ``recorded``: there is a node although gradients are off.
         """
-        if torch.is_grad_enabled() and torch._C._current_autograd_node() is None:
+        if (recorded or torch.is_grad_enabled()) and torch._C._current_autograd_node() is None:
             self.layer_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, self.layer())
 
     def owner_of(self, args: tuple) -> str | None:
