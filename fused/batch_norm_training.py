@@ -215,7 +215,7 @@ def _sums_body(
     dy, x, mean, rstd, bn_weight, bn_bias, residual, mask, activation, negative_slope, keep, backend
 ):
     if backend == "triton" and x.numel():
-        from fastnets.kernels.batch_norm_training import bn_backward_sums
+        from fastnets.kernels.batch_norm_backward import bn_backward_sums
 
         dv, sums = bn_backward_sums(
             dy, x, mean, rstd, bn_weight, bn_bias, residual, mask,
@@ -253,7 +253,7 @@ def _input_gradient_body(
     dy, x, mean, rstd, bn_weight, bn_bias, sums, count, activation, negative_slope, backend
 ):
     if backend == "triton" and x.numel():
-        from fastnets.kernels.batch_norm_training import bn_backward_input
+        from fastnets.kernels.batch_norm_backward import bn_backward_input
 
         return bn_backward_input(
             dy, x, mean, rstd, bn_weight, bn_bias, sums,

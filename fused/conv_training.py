@@ -49,12 +49,14 @@ def _input_gradient_body(
 ):  # fmt: skip
     weight = weight.to(dy.dtype)
     if backend == "triton" and dy.numel():
+        from fastnets.kernels.conv_backward import Normalized
         from fastnets.kernels.conv_backward import conv_input_gradient as launch
         from fastnets.kernels.conv_shape import Prologue
 
         normalized = None
         if z is not None:
-            normalized = (z, Prologue(mean, rstd, bn_weight, bn_bias, activation, negative_slope))
+            prologue = Prologue(mean, rstd, bn_weight, bn_bias, activation, negative_slope)
+            normalized = Normalized(z, prologue)
         result = launch(
             dy, weight, tuple(input_shape), stride=tuple(stride), padding=tuple(padding),
             dilation=tuple(dilation), groups=groups, added=added, normalized=normalized,
@@ -261,7 +263,7 @@ class _Conv(torch.autograd.Function):
     def forward(forks, *args):
         with torch._C._AutoDispatchBelowAutograd():
             results = _op(*args)
-        return (*results, args[0]) if forks else results
+        return (*results, args[0].view_as(args[0])) if forks else results
 
     @staticmethod
     def setup_context(ctx, inputs, output):

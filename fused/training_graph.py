@@ -65,8 +65,8 @@ def _fork(graph: fx.Graph, node: fx.Node, writes: Callable[[fx.Node], bool]) -> 
     order = {n: i for i, n in enumerate(graph.nodes)}
     readers = list(x.users)
     later = [r for r in readers if order[r] > order[node]]
-    # The gradient of earlier readers would come to x beside this convolution's, as without forks.
-    if not later or any(writes(r) for r in readers):
+    # Modules might write in place, which views that a function returns do not allow.
+    if not later or any(writes(r) or r.op == "call_module" for r in readers):
         return 0
     node.kwargs = {**node.kwargs, "forks": True}
     with graph.inserting_after(node):
