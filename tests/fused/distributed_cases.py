@@ -165,14 +165,14 @@ def _train(model: nn.Module, training: bool) -> None:
         optimizer.zero_grad()
 
 
-def _answers(model: nn.Module, x: Tensor) -> Tensor:
+def answers(model: nn.Module, x: Tensor) -> Tensor:
     # Not through DDP, which would take over the running statistics of rank 0 first.
     model = model.module if isinstance(model, DistributedDataParallel) else model
     with torch.no_grad():
         return model.eval()(x)
 
 
-def _flat(tensors: dict[str, Tensor]) -> Tensor:
+def flat(tensors: dict[str, Tensor]) -> Tensor:
     """All of them in one vector, by name; what counts batches is compared apart."""
     return torch.cat(
         [tensors[name].flatten() for name in sorted(tensors) if tensors[name].is_floating_point()]
@@ -187,16 +187,16 @@ def _assert_trained_as_alone(wrap: Callable, training: bool, synchronised: bool)
         _alone(dtype, training, synchronised or not training, shared)
         for dtype in (torch.float64, torch.float32)
     )
-    moved = (_flat(dict(stock.named_parameters())) - _flat(dict(_network().named_parameters()))).abs().max()
+    moved = (flat(dict(stock.named_parameters())) - flat(dict(_network().named_parameters()))).abs().max()
     assert moved > 1e-2, "the steps were too small to be seen"
     for of in (nn.Module.named_parameters, nn.Module.named_buffers):
         theirs, ours = dict(of(stock)), _plain_names(dict(of(model)))
         assert {name: t.shape for name, t in theirs.items()} == {name: t.shape for name, t in ours.items()}
-        assert_close_to(_flat(dict(of(exact))).detach(), _flat(theirs).detach(), _flat(ours), ratio=3)
+        assert_close_to(flat(dict(of(exact))).detach(), flat(theirs).detach(), flat(ours), ratio=3)
         for name, tensor in theirs.items():
             assert tensor.is_floating_point() or torch.equal(tensor, ours[name]), name
     x = images(*IMAGES)
-    assert_close_to(_answers(exact, x.double()), _answers(stock, x), _answers(model, x), ratio=3)
+    assert_close_to(answers(exact, x.double()), answers(stock, x), answers(model, x), ratio=3)
 
 
 def _case(wrap: Callable, mode: str) -> Callable[[], None]:
@@ -216,7 +216,7 @@ def _assert_same_network(stock: nn.Module, fast: nn.Module) -> None:
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     x = images(*IMAGES)
     exact = copy.deepcopy(stock).double()
-    assert_close_to(_answers(exact, x.double()), _answers(stock, x), _answers(fast, x))
+    assert_close_to(answers(exact, x.double()), answers(stock, x), answers(fast, x))
 
 
 def a_fused_checkpoint_of_ddp_loads_stock_and_back():
@@ -231,7 +231,7 @@ def a_fused_checkpoint_of_ddp_loads_stock_and_back():
         _assert_same_network(stock, model.module)
         torch.save(stock.state_dict(), path)
         other = fastnets.optimize(Classifier())
-        _answers(other, images(*IMAGES))  # packs the weights that the checkpoint replaces
+        answers(other, images(*IMAGES))  # packs the weights that the checkpoint replaces
         other.load_state_dict(torch.load(path))
         _assert_same_network(stock, other)
 
@@ -245,7 +245,7 @@ def a_full_checkpoint_of_fsdp_loads_stock_and_back():
     _assert_same_network(stock, model)
     torch.manual_seed(1)
     other = fsdp_per_block(settled(Classifier(), seed=1))
-    _answers(other, images(*IMAGES))
+    answers(other, images(*IMAGES))
     other.reshard()  # a forward leaves the root's parameters whole
     set_model_state_dict(other, stock.state_dict(), options=FULL)
     _assert_same_network(stock, other)
