@@ -493,4 +493,4 @@ def _check_values(conv: nn.Conv2d, x: Tensor | Pending, padding: tuple[int, int]
         // conv.stride[i] + 1
         for i in range(2)
     )  # fmt: skip
-    F._verify_batch_size([source.shape[0], conv.out_channels, P, Q])
+    F._verify_batch_size(torch.Size([source.shape[0], conv.out_channels, P, Q]))
