@@ -193,11 +193,20 @@ def suits(config: Config, kernel: str, vectors: bool, crowded: bool) -> bool:
 
 def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
     """The call's own config, or the chosen one. flags: those of ``ConvCall.flags``."""
-    if call.config is not None:
-        return call.config
-    device = current_device(call.x)
-    size = call.x.element_size()
-    return choose_config(call.shape, size, call.precision, device, *addressing(call, flags))
+    config = call.config
+    if config is None:
+        device = current_device(call.x)
+        size = call.x.element_size()
+        config = choose_config(call.shape, size, call.precision, device, *addressing(call, flags))
+    if call.statistics and config.maxnreg is None and kernel_of(call.shape) != "taps":
+        return _with_all_registers(config)
+    return config
+
+
+@functools.lru_cache(maxsize=256)
+def _with_all_registers(config: Config) -> Config:
+    # Left to itself, ptxas spills the sums of the statistics to fit one more block.
+    return config.replace(maxnreg=255)
 
 
 def addressing(call: ConvCall, flags: dict[str, object]) -> tuple[bool, bool]:

@@ -76,7 +76,7 @@ def within(position, extent):
 
 @triton.jit
 def channel_vectors(c, inside_c, vectors):
-    """(mean, scale, shift or None) of the channels c where inside_c, as ``normalized`` takes them.
+    """(mean, scale, shift) of the channels c where inside_c, as ``normalized`` takes them.
 
     vectors: pointers (mean, rstd, bn_weight or None, bn_bias or None).
     """
@@ -84,7 +84,7 @@ def channel_vectors(c, inside_c, vectors):
     scale = tl.load(rstd + c, mask=inside_c, other=0.0).to(tl.float32)
     if bn_weight is not None:
         scale *= tl.load(bn_weight + c, mask=inside_c, other=0.0).to(tl.float32)
-    shift = None
+    shift = tl.zeros_like(scale)
     if bn_bias is not None:
         shift = tl.load(bn_bias + c, mask=inside_c, other=0.0).to(tl.float32)
     return tl.load(mean + c, mask=inside_c, other=0.0).to(tl.float32), scale, shift
@@ -97,9 +97,7 @@ def normalized(x, inside, channels, negative_slope, ACTIVATION: tl.constexpr):
     channels: what ``channel_vectors`` gives for them.
     """
     mean, scale, shift = channels
-    value = (x.to(tl.float32) - mean[None, :]) * scale[None, :]
-    if shift is not None:
-        value += shift[None, :]
+    value = (x.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
     return tl.where(inside, activate(value, ACTIVATION, negative_slope), 0.0).to(x.dtype)
 
 
