@@ -2,6 +2,7 @@
 
 from fastnets.fused.batch_norm import bn_add_act
 from fastnets.fused.conv import conv_bn_act
+from fastnets.fused.cross_entropy import CrossEntropyLoss, DistillationLoss, distillation_loss
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 
@@ -13,7 +14,10 @@ __all__ = [
     "ConvAct",
     "ConvBNAct",
     "ConvBNAddAct",
+    "CrossEntropyLoss",
+    "DistillationLoss",
     "MaxPool2d",
     "bn_add_act",
     "conv_bn_act",
+    "distillation_loss",
 ]

@@ -91,7 +91,7 @@ def window_length(begin, end, extent, COUNT_PADDING: tl.constexpr):
 
 
 # The fast axis is a run of memory (64 channels of 16 bits fill a cache line), the slow one makes the tile up.
-_FAST = (16, 32, 64, 128, 256)
+_FAST = (16, 32, 64, 128)
 _ELEMENTS = (2048, 512)
 
 
@@ -105,7 +105,7 @@ def configs_of_tiles(device: Device) -> list[Config]:
 
 
 def _pick(fast: int, slow: int, planes_last: bool, multiprocessors: int) -> Config:
-    columns = min(max(1 << (fast - 1).bit_length(), 16), 64 if planes_last else 256)
+    columns = min(max(1 << (fast - 1).bit_length(), 16), 64 if planes_last else 128)
     blocks = tiles(fast, columns) * tiles(slow, 2048 // columns)
     return _config(2048 if blocks >= 4 * multiprocessors else 512, columns)
 
