@@ -296,6 +296,7 @@ class _Training(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, residual, mean, rstd, bn_weight, bn_bias, count, *options = inputs
+        ctx.set_materialize_grads(False)
         mask = output[1]
         ctx.mark_non_differentiable(mask)
         ctx.masked = residual is not None and options[2] in _STEPWISE
@@ -307,6 +308,8 @@ class _Training(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 12
         x, mask, residual, mean, rstd, bn_weight, bn_bias, count = ctx.saved_tensors
         batch, group, activation, slope, backend = ctx.options
         wants_x, wants_residual, _, _, wants_weight, wants_bias = ctx.needs_input_grad[:6]

@@ -25,16 +25,18 @@ from fastnets.fused.activation import recognise, recognise_call
 from fastnets.fused.batch_norm import call_bn_add_act
 from fastnets.fused.capture import IN_PLACE_OPERATORS, iadd
 from fastnets.fused.conv import call_conv_bn_act
+from fastnets.fused.conv_training import Pending
 from fastnets.fused.layout import LayoutError
 from fastnets.fused.ownership import GIVEN, MADE_HERE
+from fastnets.fused.pool import POOLS, call_pool2d
 
 
-def call_conv_bn_iadd_act(onto_residual: bool, *arguments: object, residual_dies: str = "") -> Tensor:
+def call_conv_bn_iadd_act(onto_residual: bool, *arguments: object, **options: object) -> Tensor:
     """``call_conv_bn_act(*arguments)`` where stock adds in place, and so keeps the dtype of what it writes.
 
     onto_residual: stock writes the sum to the residual's memory, else to the layer's result.
     """
-    return _call_iadd(call_conv_bn_act, onto_residual, *arguments, residual_dies=residual_dies)
+    return _call_iadd(call_conv_bn_act, onto_residual, *arguments, **options)
 
 
 def call_bn_iadd_act(onto_residual: bool, *arguments: object) -> Tensor:
@@ -44,9 +46,10 @@ def call_bn_iadd_act(onto_residual: bool, *arguments: object) -> Tensor:
 
 def _call_iadd(call: Callable, onto_residual: bool, *arguments: object, **options: object) -> Tensor:
     *layers, act, x, residual, activation, negative_slope, backend = arguments
-    dtype = x.dtype
-    if call is call_conv_bn_act and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    source = x.z if x.__class__ is Pending else x
+    dtype = source.dtype
+    if call is call_conv_bn_act and not source.is_meta and torch.is_autocast_enabled(source.device.type):
+        dtype = torch.get_autocast_dtype(source.device.type)
     if residual.dtype == dtype:
         return call(*arguments, **options)
     y = call(*layers, None, x, None, "none", 0.0, backend)
@@ -60,7 +63,7 @@ _ADD_METHODS = ("add", "add_")
 _IN_PLACE_FUNCTIONS = frozenset([*IN_PLACE_OPERATORS.values(), operator.setitem, operator.delitem])
 _FRESH_FUNCTIONS = frozenset(
     [operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.cat]
-    + [torch.nn.functional.avg_pool2d, torch.nn.functional.max_pool2d, *_CALLS]
+    + [torch.nn.functional.avg_pool2d, torch.nn.functional.max_pool2d, call_pool2d, *_CALLS]
 )
 _FRESH_MODULES = (nn.modules.conv._ConvNd, _BatchNorm, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.LayerNorm)
 
@@ -135,6 +138,7 @@ def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[s
         for node in reversed(list(graph.nodes)):
             if rewriter.calls(node, is_head):
                 rewriter.fuse_from(node)
+    rewriter.replace_pools()
     rewriter.memory.forget()
     if (node := rewriter.memory.write_seen_through_reshape()) is not None:
         raise LayoutError(f"{_name(node)} writes in place to a tensor that its forward has reshaped")
@@ -320,6 +324,17 @@ class _Rewriter:
                 act=act,
             )
         )
+
+    def replace_pools(self) -> None:
+        """Pooling by the op that keeps one byte for each window, or nothing, where stock keeps eight."""
+        for node in list(self.graph.nodes):
+            if not self.calls(node, lambda module: type(module) in POOLS):
+                continue
+            with self.graph.inserting_before(node):
+                pool = self.graph.get_attr(node.target)
+                call = self.graph.call_function(call_pool2d, (pool, node.args[0], self.backend))
+            node.replace_all_uses_with(call)
+            self.graph.erase_node(node)
 
     def note_leftovers(self) -> None:
         """Record what follows a convolution or batch norm, could in principle be fused, and was not."""

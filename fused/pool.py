@@ -452,7 +452,7 @@ def call_pool2d(pool: nn.Module, x: Tensor, backend: str = "auto") -> Tensor:
     """``pool(x)`` of a stock pooling module by the fused op where that is stock's result, by the module
     itself elsewhere: where a hook would be skipped, for ``return_indices``, and on the CPU unless a backend
     is asked for."""
-    if type(pool) not in POOLS or has_hooks(pool) or _has_any_global_hook():
+    if type(pool) not in POOLS or has_hooks(pool) or _has_any_global_hook() or in_transform():
         return pool(x)
     return _of_module(pool, x, backend)
 

@@ -52,7 +52,6 @@ from fastnets.fused.patterns import (
     is_batch_norm,
     is_convolution,
     mark_dying_residuals,
-    writes,
 )
 from fastnets.fused.training_graph import link
 
@@ -208,7 +207,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             variant.fusions = ()
             continue
         if condition.training:
-            link(graph, writes, recipe.save)
+            link(graph, recipe.save)
         else:
             variant.overwrites = mark_dying_residuals(
                 graph, dict(module.named_modules(remove_duplicate=False))

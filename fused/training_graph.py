@@ -11,20 +11,22 @@ Both rest on who reads a value, which a graph of one container tells:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 
 from torch import fx
 
 from fastnets.fused.batch_norm import call_bn_add_act
 from fastnets.fused.conv import call_conv_bn_act
+from fastnets.fused.patterns import call_bn_iadd_act, call_conv_bn_iadd_act, writes
 
-_X = {call_conv_bn_act: 3, call_bn_add_act: 2}  # position of x; the residual comes next
+# Position of x; the residual comes next.
+_X = {call_conv_bn_act: 3, call_conv_bn_iadd_act: 4, call_bn_add_act: 2, call_bn_iadd_act: 3}
+_CONVOLUTIONS = (call_conv_bn_act, call_conv_bn_iadd_act)
 
 
-def link(graph: fx.Graph, writes: Callable[[fx.Node], bool], save: str) -> int:
+def link(graph: fx.Graph, save: str) -> int:
     """Mark what may be deferred or forked in a graph of fused calls, and how much is to be saved.
 
-    writes: whether a node writes to its first operand. Returns the number of marks.
+    Returns the number of marks.
     """
     marks = 0
     for node in list(graph.nodes):
@@ -33,10 +35,10 @@ def link(graph: fx.Graph, writes: Callable[[fx.Node], bool], save: str) -> int:
         if _may_stay_pending(node):
             node.kwargs = {**node.kwargs, "defers": True}
             marks += 1
+        if node.target in _CONVOLUTIONS and save != "auto":
+            node.kwargs = {**node.kwargs, "save": save}
         if node.target is call_conv_bn_act:
-            if save != "auto":
-                node.kwargs = {**node.kwargs, "save": save}
-            marks += _fork(graph, node, writes)
+            marks += _fork(graph, node)
     return marks
 
 
@@ -44,19 +46,16 @@ def _may_stay_pending(node: fx.Node) -> bool:
     first = _X[node.target]
     residual = node.args[first + 1]
     bn = node.args[first - 2]
-    readers = list(node.users)
-    return (
-        bn is not None
-        and residual is None
-        and len(readers) == 1
-        and readers[0].op == "call_function"
-        and readers[0].target is call_conv_bn_act
-        and readers[0].args[_X[call_conv_bn_act]] is node
-        and readers[0].args[_X[call_conv_bn_act] + 1] is not node
-    )
+    if bn is None or residual is not None or len(node.users) != 1:
+        return False
+    reader = next(iter(node.users))
+    if reader.op != "call_function" or reader.target not in _CONVOLUTIONS:
+        return False
+    x, added = reader.args[_X[reader.target] :][:2]
+    return x is node and added is not node
 
 
-def _fork(graph: fx.Graph, node: fx.Node, writes: Callable[[fx.Node], bool]) -> int:
+def _fork(graph: fx.Graph, node: fx.Node) -> int:
     """Let the later readers of a convolution's input read it from the convolution."""
     x = node.args[_X[call_conv_bn_act]]
     residual = node.args[_X[call_conv_bn_act] + 1]
