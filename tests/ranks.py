@@ -1,8 +1,8 @@
 """Tests on several processes: cases that every rank of a ``torchrun`` job runs.
 
-A case is a function without arguments that asserts; a module of cases lists them in a tuple, ``CASES``. Each
-runs on every rank, with ``torch.distributed`` (gloo) set up. Starting processes costs more than the cases do:
-one job, and one test, serves a whole tuple.
+A case is a function without arguments that asserts; modules of cases list them in tuples. Each runs on every
+rank, with ``torch.distributed`` (gloo) set up. Starting processes costs more than the cases do: one job, and
+one test, serves many.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,10 +37,18 @@ def torchrun(processes: int, *words: str, **environment: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=900)
 
 
-def assert_all_pass(module: str, processes: int, folder: Path, cases: str = "CASES", **environment: str):
+def cases_in(*places: str) -> list[Callable[[], None]]:
+    """The cases of tuples such as ``"tests.fused.synchronize_cases:CASES"``."""
+    found = []
+    for module, name in (place.split(":") for place in places):
+        found += getattr(importlib.import_module(module), name)
+    return found
+
+
+def assert_all_pass(processes: int, folder: Path, *places: str, **environment: str) -> None:
     """Run the cases on so many ranks; fails with the traceback of each case on each rank that failed."""
-    done = torchrun(processes, "-m", "tests.ranks", module, cases, str(folder), **environment)
-    expected = [case.__name__ for case in getattr(importlib.import_module(module), cases)]
+    done = torchrun(processes, "-m", "tests.ranks", str(folder), *places, **environment)
+    expected = [case.__name__ for case in cases_in(*places)]
     outcomes = {int(file.stem): torch.load(file) for file in sorted(folder.glob("*.pt"))}
     failures = [
         f"{case} on rank {rank}:\n{text}"
@@ -54,10 +63,10 @@ def assert_all_pass(module: str, processes: int, folder: Path, cases: str = "CAS
     )
 
 
-def _run(module: str, cases: str, folder: str) -> None:
+def _run(folder: str, *places: str) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     outcome: dict[str, str | None] = {}
-    for case in getattr(importlib.import_module(module), cases):
+    for case in cases_in(*places):
         torch.manual_seed(0)
         try:
             case()

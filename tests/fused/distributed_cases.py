@@ -287,8 +287,8 @@ WRAPPERS = (
 )
 CASES = (
     *(_case(wrap, mode) for wrap in WRAPPERS for mode in ("training", "frozen")),
+    *(_case(wrap, "synchronised") for wrap in (ddp_synchronised, fsdp_synchronised)),
     a_fused_checkpoint_of_ddp_loads_stock_and_back,
     a_full_checkpoint_of_fsdp_loads_stock_and_back,
     a_sharded_checkpoint_crosses,
 )
-SYNCHRONISED = tuple(_case(wrap, "synchronised") for wrap in (ddp_synchronised, fsdp_synchronised))

@@ -91,7 +91,7 @@ def ranks_with_different_numbers_of_images():
     _assert_as_one_batch([1 + 2 * rank for rank in range(dist.get_world_size())])
 
 
-def a_rank_without_images():
+def a_batch_norm_without_images():
     _assert_as_one_batch([3] * (dist.get_world_size() - 1) + [0])
     _assert_as_one_batch([0] + [4] * (dist.get_world_size() - 1))
 
@@ -187,7 +187,7 @@ def by_triton():
 
 CASES = (
     ranks_with_different_numbers_of_images,
-    a_rank_without_images,
+    a_batch_norm_without_images,
     in_float64,
     by_the_reference,
     with_cumulative_statistics,

@@ -1,4 +1,4 @@
-"""What every rank of a job checks of ``fused/synchronize.py``; ``test_synchronize.py`` starts the jobs."""
+"""What every rank of a job checks of ``fused/synchronize.py``; ``test_distributed.py`` starts the jobs."""
 
 import torch
 import torch.distributed as dist

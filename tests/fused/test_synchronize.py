@@ -1,4 +1,4 @@
-"""Statistics over ranks, on 2 and 4 gloo processes that ``torchrun`` starts."""
+"""Statistics over ranks: what one process can tell. ``test_distributed.py`` runs the cases on several."""
 
 import pytest
 import torch
@@ -6,21 +6,6 @@ from torch import nn
 
 from fastnets.fused.synchronize import group_of, merge_over_ranks, sum_over_ranks
 from fastnets.kernels.batch_norm_training import Statistics
-from tests.ranks import assert_all_pass, needs_gloo
-
-CASES = "tests.fused.synchronize_cases"
-
-
-@needs_gloo
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_over_ranks(ranks, tmp_path):
-    assert_all_pass(CASES, ranks, tmp_path)
-
-
-@needs_gloo
-@pytest.mark.slow
-def test_compiled_over_ranks(tmp_path):
-    assert_all_pass(CASES, 2, tmp_path, "COMPILED")
 
 
 def test_one_process_has_nobody_to_synchronise_with():
