@@ -22,6 +22,7 @@ import training
 from torch import Tensor, nn
 
 import fastnets
+from fastnets.fused.cross_entropy import distillation_loss
 
 STUDENTS = ("mobilenet_v2", "resnet18")
 TEACHERS = ("resnet34", "resnet18", "resnet50")
@@ -45,24 +46,26 @@ def create(name: str, **options) -> nn.Module:
     return fastnets.create_model(name, num_classes=digits.CLASSES, in_channels=1, fused=False, **options)
 
 
-def cross_entropy(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels)
-
-
-class Distillation:
+def stock_distillation(
+    student: Tensor, teacher: Tensor, labels: Tensor, *, alpha: float, temperature: float
+) -> Tensor:
     """alpha · T² · KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 − alpha) · cross-entropy."""
+    soft, ours = ((logits / temperature).log_softmax(1) for logits in (teacher, student))
+    divergence = F.kl_div(ours, soft, reduction="batchmean", log_target=True)
+    return alpha * temperature**2 * divergence + (1 - alpha) * F.cross_entropy(student, labels)
 
-    def __init__(self, teacher: nn.Module, alpha: float, temperature: float):
-        self.teacher = teacher.eval()
-        self.alpha, self.temperature = alpha, temperature
 
-    def __call__(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+def from_teacher(teacher: nn.Module, options: argparse.Namespace) -> training.Objective:
+    """What the teacher, who stands still, and the labels say of the student's answers."""
+    teacher = teacher.eval()
+    loss = distillation_loss if options.fused else stock_distillation
+
+    def objective(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            soft = (self.teacher(images) / self.temperature).log_softmax(1)
-        ours = (logits / self.temperature).log_softmax(1)
-        from_teacher = F.kl_div(ours, soft, reduction="batchmean", log_target=True)
-        from_labels = F.cross_entropy(logits, labels)
-        return self.alpha * self.temperature**2 * from_teacher + (1 - self.alpha) * from_labels
+            soft = teacher(images)
+        return loss(logits, soft, labels, alpha=options.alpha, temperature=options.temperature)
+
+    return objective
 
 
 def main(words: list[str] | None = None) -> None:
@@ -73,12 +76,13 @@ def main(words: list[str] | None = None) -> None:
         teacher = create(options.teacher, weights=options.teacher_weights)
         wrapped = training.prepare(teacher, options, place)
         if options.teacher_weights is None:
-            history = training.train(wrapped, cross_entropy, data, options, place, options.teacher)
+            objective = training.from_labels(options.fused)
+            history = training.train(wrapped, objective, data, options, place, options.teacher)
             training.save(wrapped, history, options.output, place)
         narrowed = {"width_mult": options.width_mult} if options.student == "mobilenet_v2" else {}
         student = training.prepare(create(options.student, **narrowed), options, place)
-        objective = Distillation(training.plain(wrapped), options.alpha, options.temperature)
-        name = f"{options.student} of {options.teacher}".replace(" ", "_")
+        objective = from_teacher(training.plain(wrapped), options)
+        name = f"{options.student}_of_{options.teacher}"
         history = training.train(student, objective, data, options, place, name)
         training.save(student, history, options.output, place)
 

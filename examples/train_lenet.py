@@ -10,15 +10,9 @@ from __future__ import annotations
 
 import digits
 import torch
-import torch.nn.functional as F
 import training
-from torch import Tensor
 
 import fastnets
-
-
-def cross_entropy(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -30,7 +24,8 @@ def main(words: list[str] | None = None) -> None:
         network = fastnets.create_model(options.model, num_classes=digits.CLASSES, fused=False)
         model = training.prepare(network, options, place)
         data = digits.load(options.limit).to(place.device)
-        history = training.train(model, cross_entropy, data, options, place, options.model)
+        objective = training.from_labels(options.fused)
+        history = training.train(model, objective, data, options, place, options.model)
         training.save(model, history, options.output, place)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import fastnets
 from fastnets.bench import report
+from fastnets.fused.cross_entropy import CrossEntropyLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,6 +133,12 @@ def prepare(model: nn.Module, options: argparse.Namespace, place: Place) -> nn.M
 def plain(model: nn.Module) -> nn.Module:
     """The network itself, without the wrapper that averages its gradients."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def from_labels(fused: bool) -> Objective:
+    """Cross-entropy of the labels."""
+    loss = CrossEntropyLoss() if fused else nn.CrossEntropyLoss()
+    return lambda logits, images, labels: loss(logits, labels)
 
 
 # --- the loop -----------------------------------------------------------------------------------------------

@@ -62,17 +62,24 @@ def test_the_learning_rate_rises_for_five_per_cent_of_the_steps():
     assert training.learning_rate(0, 200, 0.0) == 1
 
 
-def test_distillation_weighs_the_teacher_and_the_labels():
+@pytest.mark.parametrize("layers", ["--fused", "--stock"])
+def test_distillation_weighs_the_teacher_and_the_labels(layers):
     import distill
 
-    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.9), torch.nn.Linear(4, 3))
     images, logits, labels = torch.randn(5, 1, 2, 2), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    soft, ours = (teacher(images) / 4).softmax(1).double(), (logits / 4).softmax(1).double()
+    answers = teacher.eval()(images).double()
+    soft, ours = (answers / 4).softmax(1), (logits.double() / 4).softmax(1)
     divergence = (soft * (soft / ours).log()).sum(1).mean()
     surprise = -logits.double().softmax(1)[range(5), labels].log().mean()
     expected = 0.7 * 16 * divergence + 0.3 * surprise
-    loss = distill.Distillation(teacher, 0.7, 4.0)(logits, images, labels)
+    objective = distill.from_teacher(teacher.train(), distill.parse_arguments([layers]))
+    logits.requires_grad_()
+    loss = objective(logits, images, labels)
+    loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logits.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters()), "the teacher stands still"
 
 
 # --- LeNet-5 ------------------------------------------------------------------------------------------------
@@ -114,6 +121,7 @@ def test_stock_lenet_learns_the_same(lenet, tmp_path, capsys):
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_lenet_under_torchrun_takes_the_same_steps(lenet, tmp_path):
     done = torchrun(2, str(EXAMPLES / "train_lenet.py"), *BRIEF, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -183,3 +191,18 @@ def test_a_resnet_learns_from_given_weights_fused_as_stock(tmp_path):
     runs = {layers: _distilled(tmp_path / layers, layers, *given) for layers in ("--fused", "--stock")}
     (fused,), (stock,) = runs.values()
     assert fused["losses"] == pytest.approx(stock["losses"], rel=1e-3)
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_a_resnet_learns_on_two_ranks_as_on_one(tmp_path):
+    """With the statistics of both ranks' images, in the fused layers, which can do so on the CPU."""
+    _distilled(tmp_path / "taught", "--width-mult", "0.25")
+    given = ["--student", "resnet18", "--teacher-weights", str(tmp_path / "taught" / "resnet18.pt")]
+    (alone,) = _distilled(tmp_path / "alone", *given)
+    words = [*SMALL, *given, "--sync-bn", "--output", str(tmp_path / "both")]
+    done = torchrun(2, str(EXAMPLES / "distill.py"), *words)
+    assert done.returncode == 0, done.stderr
+    both = _history(tmp_path / "both", "resnet18_of_resnet18")
+    assert both["world_size"] == 2
+    assert both["losses"] == pytest.approx(alone["losses"], rel=1e-3)
