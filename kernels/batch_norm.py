@@ -5,7 +5,8 @@
 over channel 1 of a tensor of 2 to 5 dims, one read of x (and of the residual) and one write, for any
 strides. ``bn_add_act`` takes running statistics: it follows a convolution that ran elsewhere, or stands
 alone (pre-activation networks). Training launches the same kernel with batch statistics and 1 / sqrt(var +
-eps) computed once per channel: ``kernels.batch_norm_training.normalize_add_act``.
+eps) computed once per channel: ``kernels.batch_norm_training.normalize_add_act``. So does group norm, whose
+statistics are one per sample and group of channels.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fastnets.kernels.channel_tiles import (
     contiguous_vectors,
     pass_config,
     pass_configs,
+    statistic_index,
     step_index,
     step_offsets,
 )
@@ -34,7 +36,11 @@ from fastnets.kernels.launch import Config, RepresentativeCall, launch
 __all__ = ["bn_add_act", "configs", "launch_bn_add_act", "representative_calls"]
 
 
-@triton.jit(do_not_specialize=["sizes", "y_strides", "x_strides", "r_strides"])
+@triton.jit(
+    do_not_specialize=[
+        "sizes", "outer_per_sample", "group_channels", "y_strides", "x_strides", "r_strides",
+    ]
+)  # fmt: skip
 def bn_add_act_kernel(
     x,
     y,
@@ -48,12 +54,16 @@ def bn_add_act_kernel(
     bn_bias,
     # See ``channel_tiles``.
     sizes,
+    outer_per_sample,
+    group_channels,
     y_strides,
     x_strides,
     r_strides,
     eps,
     negative_slope,
     ACTIVATION: tl.constexpr,
+    # mean and rstd are per sample and group of channels, not per channel.
+    PER_GROUP: tl.constexpr,
     Y_LAYOUT: tl.constexpr,
     X_LAYOUT: tl.constexpr,
     R_LAYOUT: tl.constexpr,
@@ -76,15 +86,18 @@ def bn_add_act_kernel(
 
     if bias is not None:
         value += tl.load(bias + channels, mask=valid_channels, other=0.0).to(tl.float32)[None, :]
+    statistic = statistic_index(
+        outer, channels, outer_per_sample, group_channels, sizes[3] * CHANNEL_UNIT, PER_GROUP
+    )
     if mean is not None:
-        value -= tl.load(mean + channels, mask=valid_channels, other=0.0).to(tl.float32)[None, :]
+        value -= tl.load(mean + statistic, mask=valid_channels, other=0.0).to(tl.float32)[None, :]
     if var is not None:
         scale = tl.rsqrt(tl.load(var + channels, mask=valid_channels, other=1.0).to(tl.float32) + eps)
         if weight is not None:
             scale *= tl.load(weight + channels, mask=valid_channels, other=0.0).to(tl.float32)
         value *= scale[None, :]
     elif rstd is not None:
-        scale = tl.load(rstd + channels, mask=valid_channels, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + statistic, mask=valid_channels, other=0.0).to(tl.float32)
         if weight is not None:
             scale *= tl.load(weight + channels, mask=valid_channels, other=0.0).to(tl.float32)
         value *= scale[None, :]
@@ -123,15 +136,18 @@ def launch_bn_add_act(
     activation: str,
     negative_slope: float,
     config: Config | None,
+    groups: int | None = None,
 ) -> None:
     """Launches the kernel on checked operands.
 
-    y: dense, of x's shape. bits: uint8, see ``bitmask``. vectors: (bias, mean, var, rstd, weight, bn_bias).
+    y: dense, of x's shape. bits: uint8, see ``bitmask``. vectors: (bias, mean, var, rstd, weight, bn_bias),
+    each [C]; with groups mean and rstd are [N * groups], and var is None.
     """
     of = channel_tiles(
         tuple(x.shape),
         (y.stride(), x.stride(), y.stride() if residual is None else residual.stride()),
         x.element_size(),
+        groups is not None,
     )
     config = pass_config(of, x, config)
     vectors = contiguous_vectors(*vectors)
@@ -144,6 +160,8 @@ def launch_bn_add_act(
         bits,
         *vectors,
         of.sizes,
+        of.outer_per_sample,
+        x.shape[1] // (groups or 1),
         *of.strides,
         eps,
         negative_slope,
@@ -151,6 +169,7 @@ def launch_bn_add_act(
         reads=(x, residual, *vectors),
         writes=(y, bits) if bits is not None else (y,),
         ACTIVATION=activation,
+        PER_GROUP=groups is not None,
         Y_LAYOUT=of.layouts[0],
         X_LAYOUT=of.layouts[1],
         R_LAYOUT=of.layouts[2],

@@ -11,6 +11,8 @@ in parallel, added in order by ``partial_sums``: the same bits in every run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,8 @@ from fastnets.kernels.channel_tiles import (
     pass_configs,
     reduction_config,
     reduction_configs,
+    share_of_program,
+    statistic_index,
     step_index,
     step_offsets,
 )
@@ -62,10 +66,10 @@ def _step_of_gradient(
 
 
 @triton.jit
-def _channel_vectors(mean, rstd, weight, bn_bias, channels, valid):
+def _channel_vectors(mean, rstd, weight, bn_bias, statistic, channels, valid):
     """(mean, rstd, scale, shift) of a tile's channels in fp32: u = (x - mean) * scale + shift."""
-    center = tl.load(mean + channels, mask=valid, other=0.0).to(tl.float32)
-    inverse = tl.load(rstd + channels, mask=valid, other=0.0).to(tl.float32)
+    center = tl.load(mean + statistic, mask=valid, other=0.0).to(tl.float32)
+    inverse = tl.load(rstd + statistic, mask=valid, other=0.0).to(tl.float32)
     scale = inverse
     if weight is not None:
         scale = inverse * tl.load(weight + channels, mask=valid, other=0.0).to(tl.float32)
@@ -77,7 +81,8 @@ def _channel_vectors(mean, rstd, weight, bn_bias, channels, valid):
 
 @triton.jit(
     do_not_specialize=[
-        "sizes", "order_strides", "dy_strides", "x_strides", "r_strides", "steps", "steps_per_split",
+        "sizes", "outer_per_sample", "group_channels", "order_strides", "dy_strides", "x_strides",
+        "r_strides", "steps", "steps_per_split",
     ]
 )  # fmt: skip
 def bn_backward_sums_kernel(
@@ -92,6 +97,8 @@ def bn_backward_sums_kernel(
     dv_out,
     partial,
     sizes,
+    outer_per_sample,
+    group_channels,
     order_strides,
     dy_strides,
     x_strides,
@@ -100,6 +107,7 @@ def bn_backward_sums_kernel(
     steps_per_split,
     negative_slope,
     ACTIVATION: tl.constexpr,
+    PER_GROUP: tl.constexpr,
     ORDER_LAYOUT: tl.constexpr,
     DY_LAYOUT: tl.constexpr,
     X_LAYOUT: tl.constexpr,
@@ -113,13 +121,14 @@ def bn_backward_sums_kernel(
 ):
     channel_total = sizes[3] * CHANNEL_UNIT
     blocks = tl.cdiv(channel_total, BLOCK_CHANNELS)
-    split = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    begin = split * steps_per_split
-    end = tl.minimum(begin + steps_per_split, steps)
+    block, row, begin, end = share_of_program(steps, steps_per_split, blocks)
     own = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     valid_own = own < channel_total
-    center, inverse, scale, shift = _channel_vectors(mean, rstd, weight, bn_bias, own, valid_own)
+    inner_tiles = tl.cdiv(sizes[2] * INNER_UNIT, BLOCK_INNER)
+    statistic = statistic_index(
+        begin // inner_tiles, own, outer_per_sample, group_channels, channel_total, PER_GROUP
+    )
+    center, inverse, scale, shift = _channel_vectors(mean, rstd, weight, bn_bias, statistic, own, valid_own)
     total = tl.zeros([BLOCK_INNER, BLOCK_CHANNELS], tl.float32)
     product = tl.zeros([BLOCK_INNER, BLOCK_CHANNELS], tl.float32)
     for step in range(begin, end):
@@ -140,7 +149,7 @@ def bn_backward_sums_kernel(
             dv = rounded.to(tl.float32)
         total += dv
         product += dv * centred
-    at = split.to(tl.int64) * 2 * channel_total + own
+    at = row.to(tl.int64) * 2 * channel_total + own
     tl.store(partial + at, tl.sum(total, axis=0), mask=valid_own)
     tl.store(partial + at + channel_total, tl.sum(product, axis=0) * inverse, mask=valid_own)
 
@@ -182,22 +191,45 @@ def bn_backward_sums(
                 "normalize_add_act made it"
             )
         residual = bn_weight = bn_bias = None
-    channels = x.shape[1]
+    vectors = (mean, rstd, bn_weight, bn_bias)
+    dv, sums = launch_backward_sums(dy, x, vectors, residual, mask, activation, negative_slope, keep, config)
+    return dv, sums[0]
+
+
+def launch_backward_sums(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    vectors: Sequence[torch.Tensor | None],
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    activation: str,
+    negative_slope: float,
+    keep: bool,
+    config: Config | None,
+    groups: int | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(dv or None, sums [1, 2, C]) of checked operands; vectors: (mean, rstd, bn_weight, bn_bias).
+
+    With groups mean and rstd are [N * groups] and the sums each sample's own, [N, 2, C].
+    """
     dv = torch.empty_like(x, dtype=dy.dtype) if keep else None
-    sums = torch.empty(2, channels, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return dv, sums.zero_()
     order = memory_order(x)
     tensors = (dy, x, x if residual is None else residual)
     of = channel_tiles(
-        tuple(x.shape), (order, *(t.stride() for t in tensors)), min(t.element_size() for t in tensors)
+        tuple(x.shape),
+        (order, *(t.stride() for t in tensors)),
+        min(t.element_size() for t in tensors),
+        groups is not None,
     )
+    sums = torch.empty(of.samples, 2, of.channels, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return dv, sums.zero_()
     config, splits, steps_per_split = reduction_config(of, x, config, ROWS_PER_PROGRAM)
-    partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
-    vectors = contiguous_vectors(mean, rstd, bn_weight, bn_bias)
+    partial = torch.empty(splits, *sums.shape, dtype=torch.float32, device=x.device)
+    vectors = contiguous_vectors(*vectors)
     launch(
         bn_backward_sums_kernel,
-        (splits * of.channel_tiles(config),),
+        (of.samples * splits * of.channel_tiles(config),),
         dy,
         x,
         residual,
@@ -206,8 +238,10 @@ def bn_backward_sums(
         dv,
         partial,
         of.sizes,
+        of.outer_per_sample,
+        x.shape[1] // (groups or 1),
         *of.strides,
-        of.steps(config),
+        of.steps(config) // of.samples,
         steps_per_split,
         negative_slope,
         config=config,
@@ -215,16 +249,21 @@ def bn_backward_sums(
         writes=(partial,) if dv is None else (dv, partial),
         flops=4 * x.numel(),
         ACTIVATION=activation,
+        PER_GROUP=groups is not None,
         ORDER_LAYOUT=of.layouts[0],
         DY_LAYOUT=of.layouts[1],
         X_LAYOUT=of.layouts[2],
         R_LAYOUT=of.layouts[3],
         **of.constexprs,
     )
-    return dv, sum_rows(partial, sums)
+    return dv, partial[0] if splits == 1 else sum_rows(partial, sums)
 
 
-@triton.jit(do_not_specialize=["sizes", "dz_strides", "dy_strides", "x_strides"])
+@triton.jit(
+    do_not_specialize=[
+        "sizes", "outer_per_sample", "group_channels", "dz_strides", "dy_strides", "x_strides",
+    ]
+)  # fmt: skip
 def bn_backward_input_kernel(
     dy,
     x,
@@ -236,12 +275,16 @@ def bn_backward_input_kernel(
     count_of_device,
     dz,
     sizes,
+    outer_per_sample,
+    group_channels,
     dz_strides,
     dy_strides,
     x_strides,
     count,
     negative_slope,
     ACTIVATION: tl.constexpr,
+    # sums are averages [statistics, 2], with bn_weight in them.
+    PER_GROUP: tl.constexpr,
     DZ_LAYOUT: tl.constexpr,
     DY_LAYOUT: tl.constexpr,
     X_LAYOUT: tl.constexpr,
@@ -260,22 +303,31 @@ def bn_backward_input_kernel(
         BLOCK_CHANNELS,
     )  # fmt: skip
     valid = valid_inner[:, None] & valid_channels[None, :]
-    center, inverse, scale, shift = _channel_vectors(mean, rstd, weight, bn_bias, channels, valid_channels)
+    statistic = statistic_index(outer, channels, outer_per_sample, group_channels, channel_total, PER_GROUP)
+    center, inverse, scale, shift = _channel_vectors(
+        mean, rstd, weight, bn_bias, statistic, channels, valid_channels
+    )
     dv, centred = _step_of_gradient(
         dy, x, None, None, center, scale, shift, outer, inner, channels, valid, sizes, dz_strides,
         dy_strides, x_strides, x_strides, negative_slope, ACTIVATION, DZ_LAYOUT, DY_LAYOUT, X_LAYOUT,
         X_LAYOUT, OUTER_DIMS,
     )  # fmt: skip
-    if sums is not None:
+    if PER_GROUP:
+        average = tl.load(sums + 2 * statistic, mask=valid_channels, other=0.0)
+        slope = tl.load(sums + 2 * statistic + 1, mask=valid_channels, other=0.0) * inverse
+        result = dv * scale[None, :] - (average[None, :] + centred * slope[None, :]) * inverse[None, :]
+    elif sums is not None:
         if count_of_device is not None:
             n = tl.load(count_of_device).to(tl.float32)
         else:
             n = count
         average = tl.load(sums + channels, mask=valid_channels, other=0.0) / n
         slope = tl.load(sums + channel_total + channels, mask=valid_channels, other=0.0) / n * inverse
-        dv = dv - average[None, :] - centred * slope[None, :]
+        result = (dv - average[None, :] - centred * slope[None, :]) * scale[None, :]
+    else:
+        result = dv * scale[None, :]
     at = step_offsets(outer, inner, channels, sizes, dz_strides, DZ_LAYOUT, OUTER_DIMS)
-    tl.store(dz + at, (dv * scale[None, :]).to(dz.dtype.element_ty), mask=valid)
+    tl.store(dz + at, result.to(dz.dtype.element_ty), mask=valid)
 
 
 def bn_backward_input(
@@ -320,6 +372,29 @@ def bn_backward_input(
             if count.numel() != 1:
                 raise ValueError(f"{name}: count has shape {tuple(count.shape)}, expected one element")
             on_device, count = count, 1.0
+    vectors = (mean, rstd, bn_weight, bn_bias)
+    return launch_backward_input(
+        dy, x, vectors, sums, on_device, float(count), activation, negative_slope, config
+    )
+
+
+def launch_backward_input(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    vectors: Sequence[torch.Tensor | None],
+    sums: torch.Tensor | None,
+    count_of_device: torch.Tensor | None,
+    count: float,
+    activation: str,
+    negative_slope: float,
+    config: Config | None,
+    groups: int | None = None,
+) -> torch.Tensor:
+    """dz of checked operands; vectors: (mean, rstd, bn_weight, bn_bias).
+
+    With groups mean and rstd are [N * groups], and sums are averages [N * groups, 2] of dv * bn_weight and
+    dv * bn_weight * x̂.
+    """
     dz = torch.empty_like(x)
     if x.numel() == 0:
         return dz
@@ -327,9 +402,10 @@ def bn_backward_input(
         tuple(x.shape),
         (dz.stride(), dy.stride(), x.stride()),
         min(dy.element_size(), x.element_size()),
+        groups is not None,
     )
     config = pass_config(of, x, config)
-    vectors = contiguous_vectors(mean, rstd, bn_weight, bn_bias)
+    vectors = contiguous_vectors(*vectors)
     launch(
         bn_backward_input_kernel,
         (of.steps(config) * of.channel_tiles(config),),
@@ -337,17 +413,20 @@ def bn_backward_input(
         x,
         *vectors,
         sums,
-        on_device,
+        count_of_device,
         dz,
         of.sizes,
+        of.outer_per_sample,
+        x.shape[1] // (groups or 1),
         *of.strides,
-        float(count),
+        count,
         negative_slope,
         config=config,
         reads=(dy, x, sums, *vectors),
         writes=(dz,),
         flops=5 * x.numel(),
         ACTIVATION=activation,
+        PER_GROUP=groups is not None,
         DZ_LAYOUT=of.layouts[0],
         DY_LAYOUT=of.layouts[1],
         X_LAYOUT=of.layouts[2],

@@ -33,6 +33,7 @@ from fastnets.kernels.channel_tiles import (
     pass_configs,
     reduction_config,
     reduction_configs,
+    share_of_program,
     step_index,
     step_offsets,
 )
@@ -100,10 +101,7 @@ def channel_statistics_kernel(
 ):
     channel_total = sizes[3] * CHANNEL_UNIT
     blocks = tl.cdiv(channel_total, BLOCK_CHANNELS)
-    split = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    begin = split * steps_per_split
-    end = tl.minimum(begin + steps_per_split, steps)
+    block, row, begin, end = share_of_program(steps, steps_per_split, blocks)
 
     outer, inner, channels, valid_inner, valid_channels = step_index(
         begin, block, sizes, INNER_UNIT, CHANNEL_UNIT, WIDE_OFFSETS, BLOCK_INNER, BLOCK_CHANNELS
@@ -133,45 +131,50 @@ def channel_statistics_kernel(
     n = tl.sum(counted, axis=0).to(tl.float32)
     from_pivot = tl.sum(total, axis=0)
     deviations = tl.sum(squares, axis=0) - from_pivot * (from_pivot / n)
-    at = split.to(tl.int64) * channel_total + channels
+    at = row.to(tl.int64) * channel_total + channels
     wide = mean.dtype.element_ty
     tl.store(mean + at, pivot.to(wide) + (from_pivot / n).to(wide), mask=valid_channels)
     # max would drop a NaN.
     tl.store(m2 + at, tl.where(deviations < 0.0, 0.0, deviations), mask=valid_channels)
     if block == 0:
-        tl.store(count + split, n)
+        # Samples, where statistics are theirs, are cut alike: all write the same.
+        samples = tl.num_programs(0) // (blocks * tl.cdiv(steps, steps_per_split))
+        if row % samples == 0:
+            tl.store(count + row // samples, n)
 
 
-def channel_statistics(x: torch.Tensor, *, config: Config | None = None) -> Statistics:
+def channel_statistics(
+    x: torch.Tensor, *, per_sample: bool = False, config: Config | None = None
+) -> Statistics:
     """Statistics of each channel of x [N, C, ...], of 2 to 5 dims and any strides, in one read.
 
     Returns those of as many parts of x as were taken in parallel; m2 and count are fp32, mean is fp64 where x
-    is fp32. An empty x has one part with count 0.
+    is fp32. An empty x has one part with count 0. per_sample=True has columns for each sample, [T, N * C].
     """
     check_input("channel_statistics", x)
     mean_dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
-    channels = x.shape[1]
+    channels = x.shape[1] * (x.shape[0] if per_sample else 1)
     if x.numel() == 0:
         return Statistics(
             x.new_zeros(1, channels, dtype=mean_dtype),
             x.new_zeros(1, channels, dtype=torch.float32),
             x.new_zeros(1, dtype=torch.float32),
         )
-    of = channel_tiles(tuple(x.shape), (memory_order(x), x.stride()), x.element_size())
+    of = channel_tiles(tuple(x.shape), (memory_order(x), x.stride()), x.element_size(), per_sample)
     config, splits, steps_per_split = reduction_config(of, x, config)
     mean = x.new_empty(splits, channels, dtype=mean_dtype)
     m2 = x.new_empty(splits, channels, dtype=torch.float32)
     count = x.new_empty(splits, dtype=torch.float32)
     launch(
         channel_statistics_kernel,
-        (splits * of.channel_tiles(config),),
+        (of.samples * splits * of.channel_tiles(config),),
         x,
         mean,
         m2,
         count,
         of.sizes,
         of.strides[1],
-        of.steps(config),
+        of.steps(config) // of.samples,
         steps_per_split,
         config=config,
         reads=(x,),
@@ -183,7 +186,13 @@ def channel_statistics(x: torch.Tensor, *, config: Config | None = None) -> Stat
     return Statistics(mean, m2, count)
 
 
-@triton.jit(do_not_specialize=["parts", "channel_total"])
+@triton.jit
+def _part_offsets(part, channels, channel_total, members):
+    row = (part // members).to(tl.int64) * channel_total
+    return ((row[:, None] + channels[None, :]) * members) + (part % members)[:, None]
+
+
+@triton.jit(do_not_specialize=["parts", "channel_total", "members"])
 def merge_statistics_kernel(
     mean,
     m2,
@@ -194,8 +203,10 @@ def merge_statistics_kernel(
     rstd,
     running_mean,
     running_var,
+    # Parts of each of the ``channel_total`` results: ``members`` neighbouring columns of each row.
     parts,
     channel_total,
+    members,
     momentum,
     eps,
     BLOCK_PARTS: tl.constexpr,
@@ -209,18 +220,18 @@ def merge_statistics_kernel(
     # Deviations are taken from the mean of the first parts: exact, or nearly, where means are large. A part
     # without elements may hold anything.
     part = tl.arange(0, BLOCK_PARTS)
-    n = tl.load(count + part, mask=part < parts, other=0.0)
+    n = tl.load(count + part // members, mask=part < parts, other=0.0)
     valid = (n > 0.0)[:, None] & valid_channels[None, :]
-    at = part.to(tl.int64)[:, None] * channel_total + channels[None, :]
+    at = _part_offsets(part, channels, channel_total, members)
     first = tl.load(mean + at, mask=valid, other=0.0).to(tl.float32)
     pivot = tl.sum(first * n[:, None], axis=0) / tl.maximum(tl.sum(n, axis=0), 1.0)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     pivot = _on_grid(pivot, tl.max(tl.where(valid, tl.abs(first - pivot[None, :]), 0.0), axis=0))
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
-        n = tl.load(count + part, mask=part < parts, other=0.0)
+        n = tl.load(count + part // members, mask=part < parts, other=0.0)
         valid = (n > 0.0)[:, None] & valid_channels[None, :]
-        at = part.to(tl.int64)[:, None] * channel_total + channels[None, :]
+        at = _part_offsets(part, channels, channel_total, members)
         deviation = tl.load(mean + at, mask=valid, other=0.0) - pivot.to(mean.dtype.element_ty)[None, :]
         deviation = tl.where(valid, deviation.to(tl.float32), 0.0)
         within = tl.load(m2 + at, mask=valid, other=0.0)
@@ -261,7 +272,7 @@ def merge_statistics(statistics: Statistics, *, config: Config | None = None) ->
     """The statistics of all parts together as those of one (T = 1), all fp32; count 0 where there is none."""
     mean, m2, count = _check_statistics("merge_statistics", statistics)
     merged = Statistics(m2.new_empty(1, m2.shape[1]), m2.new_empty(1, m2.shape[1]), m2.new_empty(1))
-    _merge(mean, m2, count, merged, None, None, None, 0.0, 0.0, config)
+    _merge(mean, m2, count, 1, merged, None, None, None, 0.0, 0.0, config)
     return merged
 
 
@@ -272,33 +283,37 @@ def finalize_statistics(
     *,
     momentum: float,
     eps: float,
+    members: int = 1,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean [C], rstd [C]), fp32, of all parts together; rstd = 1 / sqrt(m2 / count + eps).
+
+    members: neighbouring columns of the statistics that make one result (the channels of a group).
 
     running_mean, running_var: [C] of any float dtype, updated in place by the same launch as
     ``F.batch_norm`` does: ``running = (1 - momentum) * running + momentum * new``, with the unbiased
     variance. They stay as they are where the statistics are of no element.
     """
     mean, m2, count = _check_statistics("finalize_statistics", statistics)
+    if m2.shape[1] % members:
+        raise ValueError(f"finalize_statistics: members={members} does not divide {m2.shape[1]} columns")
+    channels = m2.shape[1] // members
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running is not None and running.shape != m2.shape[1:]:
+        if running is not None and running.shape != (channels,):
             raise ValueError(
-                f"finalize_statistics: {name} has shape {tuple(running.shape)}, "
-                f"expected {tuple(m2.shape[1:])}"
+                f"finalize_statistics: {name} has shape {tuple(running.shape)}, expected ({channels},)"
             )
-    merged = m2.new_empty(m2.shape[1])
-    rstd = m2.new_empty(m2.shape[1])
+    merged, rstd = m2.new_empty(channels), m2.new_empty(channels)
     written = contiguous_vectors(running_mean, running_var)
-    _merge(mean, m2, count, Statistics(merged, None, None), rstd, *written, momentum, eps, config)
+    _merge(mean, m2, count, members, Statistics(merged, None, None), rstd, *written, momentum, eps, config)
     for running, new in zip((running_mean, running_var), written):
         if new is not running:
             running.copy_(new)
     return merged, rstd
 
 
-def _merge(mean, m2, count, merged, rstd, running_mean, running_var, momentum, eps, config) -> None:
-    parts, channels = m2.shape
+def _merge(mean, m2, count, members, merged, rstd, running_mean, running_var, momentum, eps, config) -> None:
+    parts, channels = m2.shape[0] * members, m2.shape[1] // members
     if config is None:
         config = _MANY_PARTS if parts > 64 else _FEW_PARTS
     if config.get("BLOCK_PARTS") is None:
@@ -315,6 +330,7 @@ def _merge(mean, m2, count, merged, rstd, running_mean, running_var, momentum, e
         *running,
         parts,
         channels,
+        members,
         momentum,
         eps,
         config=config,

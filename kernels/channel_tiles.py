@@ -7,6 +7,9 @@ most three more ("outer"): channels-last is [N*H*W inner, C channels], contiguou
 channels]. A step is one tile [BLOCK_INNER, BLOCK_CHANNELS] at one outer index. The outer index is a scalar,
 so that no element pays a division, and strides come in units of a compile-time power of two, which is how
 the compiler learns that a tile is read in vectors.
+
+Statistics are one per channel, or, PER_GROUP, one per sample and group of channels: samples are then the
+outermost of the outer dims, whatever their stride.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ __all__ = [
     "pass_configs",
     "reduction_config",
     "reduction_configs",
+    "share_of_program",
+    "statistic_index",
     "step_index",
     "step_offsets",
 ]
@@ -90,6 +95,36 @@ def step_offsets(outer, inner, channels, sizes, strides, LAYOUT: tl.constexpr, O
         return (start + inner * strides[3])[:, None] + (channels * strides[4])[None, :]
 
 
+@triton.jit
+def statistic_index(
+    outer, channels, outer_per_sample, group_channels, channel_total, PER_GROUP: tl.constexpr
+):
+    """Which statistic belongs to each channel of a step at this outer index."""
+    if PER_GROUP:
+        groups = channel_total // group_channels
+        return (outer // outer_per_sample) * groups + channels // group_channels
+    else:
+        return channels
+
+
+@triton.jit
+def share_of_program(steps, steps_per_split, blocks):
+    """(block of channels, row of partial results, first step, end) of a reduction's program.
+
+    Each sample (all of x is one, where statistics are per channel) has ``steps``, shared by several programs;
+    the row is split * samples + sample.
+    """
+    block = tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    splits = tl.cdiv(steps, steps_per_split)
+    samples = tl.num_programs(0) // (blocks * splits)
+    sample = rest // splits
+    split = rest % splits
+    begin = sample * steps + split * steps_per_split
+    end = tl.minimum(begin + steps_per_split, (sample + 1) * steps)
+    return block, split * samples + sample, begin, end
+
+
 @dataclass(frozen=True)
 class ChannelTiles:
     """The tiles of one call; kept, as finding them costs more than launching.
@@ -99,6 +134,7 @@ class ChannelTiles:
     is compiled for.
     """
 
+    samples: int
     outer: int
     inner: int
     channels: int
@@ -106,6 +142,10 @@ class ChannelTiles:
     strides: tuple[tuple[int, ...], ...]
     layouts: tuple[tuple[str, int], ...]
     constexprs: dict
+
+    @property
+    def outer_per_sample(self) -> int:
+        return self.outer // self.samples
 
     def steps(self, config: Config) -> int:
         return self.outer * tiles(self.inner, config.BLOCK_INNER)
@@ -115,13 +155,16 @@ class ChannelTiles:
 
 
 @functools.lru_cache(maxsize=4096)
-def channel_tiles(shape: tuple, strides: tuple[tuple[int, ...], ...], itemsize: int) -> ChannelTiles:
+def channel_tiles(
+    shape: tuple, strides: tuple[tuple[int, ...], ...], itemsize: int, per_sample: bool = False
+) -> ChannelTiles:
     """How the dims of tensors of one shape [N, C, ...] become tiles.
 
     strides: of each tensor; the first decides the order, and should be that of a dense tensor where one is
-    written. itemsize: the smallest element, in bytes.
+    written. itemsize: the smallest element, in bytes. per_sample: no step is of two samples.
     """
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1 or d == 1), key=lambda d: -strides[0][d])
+    dims = [d for d in range(1 if per_sample else 0, len(shape)) if shape[d] > 1 or d == 1]
+    order = sorted(dims, key=lambda d: -strides[0][d])
     # Merged dims from the outside in: (size, stride in each tensor).
     merged: list[tuple[int, tuple[int, ...]]] = []
     mergeable = False
@@ -138,6 +181,8 @@ def channel_tiles(shape: tuple, strides: tuple[tuple[int, ...], ...], itemsize: 
             mergeable = True
     *outer, (inner, inner_strides) = merged or [(1, (0,) * len(strides))]
     outer.reverse()
+    if per_sample:
+        outer.append((shape[0], tuple(s[0] for s in strides)))
 
     limit = 16 // itemsize
     contiguous = tuple(
@@ -160,6 +205,7 @@ def channel_tiles(shape: tuple, strides: tuple[tuple[int, ...], ...], itemsize: 
     extent = max(sum((size - 1) * at for size, at in zip(shape, s)) for s in strides)
     sizes = [dim[0] for dim in outer]
     return ChannelTiles(
+        samples=shape[0] if per_sample else 1,
         outer=math.prod(sizes),
         inner=inner,
         channels=channels,
@@ -215,7 +261,7 @@ def reduction_configs() -> list[Config]:
 def pass_config(of: ChannelTiles, x: torch.Tensor, config: Config | None = None) -> Config:
     """The config of a kernel that visits each element once, one step a program; or the one given."""
     if config is not None:
-        return _with_blocks(config)
+        return _one_of(pass_configs(), config)
     config = _config(_pick(of, _PASS_BLOCKS))
     # Smaller tiles where large ones would leave multiprocessors with less than four.
     if of.steps(config) * of.channel_tiles(config) < 4 * current_device(x).multiprocessors:
@@ -226,14 +272,17 @@ def pass_config(of: ChannelTiles, x: torch.Tensor, config: Config | None = None)
 def reduction_config(
     of: ChannelTiles, x: torch.Tensor, config: Config | None = None, most: int = 2**31
 ) -> tuple[Config, int, int]:
-    """(config, programs that share the steps of one tile of channels, steps of each) of a reduction.
+    """(config, programs that share a sample's steps of one tile of channels, steps of each) of a reduction.
 
     most: parts that the second stage takes at once. Programs are enough for eight on every multiprocessor,
     but with four steps each, so that partial results stay small beside what is read; with fewer where
     multiprocessors would have nothing to do at all.
     """
-    config = _with_blocks(config) if config is not None else _config(_pick(of, _REDUCTION_BLOCKS))
-    steps, columns = of.steps(config), of.channel_tiles(config)
+    if config is None:
+        config = _config(_pick(of, _REDUCTION_BLOCKS))
+    else:
+        config = _one_of(reduction_configs(), config)
+    steps, columns = of.steps(config) // of.samples, of.channel_tiles(config) * of.samples
     multiprocessors = current_device(x).multiprocessors
     least = min(steps, tiles(multiprocessors, columns))
     splits = max(min(tiles(8 * multiprocessors, columns), steps // 4), least, 1)
@@ -242,9 +291,9 @@ def reduction_config(
     return config, tiles(steps, each), each
 
 
-def _with_blocks(config: Config) -> Config:
-    if config.get("BLOCK_INNER") is None:
-        raise UnsupportedConfig(f"{config} has no BLOCK_INNER: it is for another kernel")
+def _one_of(shipped: list[Config], config: Config) -> Config:
+    if config not in shipped:
+        raise UnsupportedConfig(f"{config} is for another kernel (this one has {len(shipped)} of its own)")
     return config
 
 
