@@ -86,39 +86,13 @@ def _channel_vectors(mean, rstd, weight, bn_bias, statistic, channels, valid):
     ]
 )  # fmt: skip
 def bn_backward_sums_kernel(
-    dy,
-    x,
-    residual,
-    bits,
-    mean,
-    rstd,
-    weight,
-    bn_bias,
-    dv_out,
-    partial,
-    sizes,
-    outer_per_sample,
-    group_channels,
-    order_strides,
-    dy_strides,
-    x_strides,
-    r_strides,
-    steps,
-    steps_per_split,
-    negative_slope,
-    ACTIVATION: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    ORDER_LAYOUT: tl.constexpr,
-    DY_LAYOUT: tl.constexpr,
-    X_LAYOUT: tl.constexpr,
-    R_LAYOUT: tl.constexpr,
-    OUTER_DIMS: tl.constexpr,
-    INNER_UNIT: tl.constexpr,
-    CHANNEL_UNIT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
+    dy, x, residual, bits, mean, rstd, weight, bn_bias, dv_out, partial, sizes, outer_per_sample,
+    group_channels, order_strides, dy_strides, x_strides, r_strides, steps, steps_per_split, negative_slope,
+    ACTIVATION: tl.constexpr, PER_GROUP: tl.constexpr, ORDER_LAYOUT: tl.constexpr, DY_LAYOUT: tl.constexpr,
+    X_LAYOUT: tl.constexpr, R_LAYOUT: tl.constexpr, OUTER_DIMS: tl.constexpr, INNER_UNIT: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr, WIDE_OFFSETS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
-):
+):  # fmt: skip
     channel_total = sizes[3] * CHANNEL_UNIT
     blocks = tl.cdiv(channel_total, BLOCK_CHANNELS)
     block, row, begin, end = share_of_program(steps, steps_per_split, blocks)
@@ -213,7 +187,7 @@ def launch_backward_sums(
     With groups mean and rstd are [N * groups] and the sums each sample's own, [N, 2, C].
     """
     dv = torch.empty_like(x, dtype=dy.dtype) if keep else None
-    order = memory_order(x)
+    order = memory_order(x) if dv is None else dv.stride()
     tensors = (dy, x, x if residual is None else residual)
     of = channel_tiles(
         tuple(x.shape),
@@ -265,36 +239,13 @@ def launch_backward_sums(
     ]
 )  # fmt: skip
 def bn_backward_input_kernel(
-    dy,
-    x,
-    mean,
-    rstd,
-    weight,
-    bn_bias,
-    sums,
-    count_of_device,
-    dz,
-    sizes,
-    outer_per_sample,
-    group_channels,
-    dz_strides,
-    dy_strides,
-    x_strides,
-    count,
-    negative_slope,
-    ACTIVATION: tl.constexpr,
-    # sums are averages [statistics, 2], with bn_weight in them.
-    PER_GROUP: tl.constexpr,
-    DZ_LAYOUT: tl.constexpr,
-    DY_LAYOUT: tl.constexpr,
-    X_LAYOUT: tl.constexpr,
-    OUTER_DIMS: tl.constexpr,
-    INNER_UNIT: tl.constexpr,
-    CHANNEL_UNIT: tl.constexpr,
-    WIDE_OFFSETS: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
+    dy, x, mean, rstd, weight, bn_bias, sums, count_of_device, dz, sizes, outer_per_sample, group_channels,
+    dz_strides, dy_strides, x_strides, count, negative_slope, ACTIVATION: tl.constexpr,
+    PER_GROUP: tl.constexpr, DZ_LAYOUT: tl.constexpr, DY_LAYOUT: tl.constexpr, X_LAYOUT: tl.constexpr,
+    OUTER_DIMS: tl.constexpr, INNER_UNIT: tl.constexpr, CHANNEL_UNIT: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    # PER_GROUP: sums are averages [statistics, 2], with bn_weight in them.
     channel_total = sizes[3] * CHANNEL_UNIT
     blocks = tl.cdiv(channel_total, BLOCK_CHANNELS)
     pid = tl.program_id(0)
