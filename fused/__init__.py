@@ -4,6 +4,7 @@ from fastnets.fused.batch_norm import bn_add_act
 from fastnets.fused.conv import conv_bn_act
 from fastnets.fused.cross_entropy import CrossEntropyLoss, DistillationLoss, distillation_loss
 from fastnets.fused.dropout import Dropout, StochasticDepth, stochastic_depth
+from fastnets.fused.group_norm import GroupNormAct, InstanceNormAct, group_norm_act
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 
@@ -18,10 +19,13 @@ __all__ = [
     "CrossEntropyLoss",
     "DistillationLoss",
     "Dropout",
+    "GroupNormAct",
+    "InstanceNormAct",
     "MaxPool2d",
     "StochasticDepth",
     "bn_add_act",
     "conv_bn_act",
     "distillation_loss",
+    "group_norm_act",
     "stochastic_depth",
 ]
