@@ -304,6 +304,7 @@ class _Training(torch.autograd.Function):
         ctx.save_for_backward(x, mask if ctx.masked else None, kept, mean, rstd, bn_weight, bn_bias, count)
         ctx.options = options
         ctx.adds = residual is not None
+        ctx.given = None, None  # dv and its sums, from the one reader of y
 
     @staticmethod
     @once_differentiable
@@ -313,8 +314,10 @@ class _Training(torch.autograd.Function):
         x, mask, residual, mean, rstd, bn_weight, bn_bias, count = ctx.saved_tensors
         batch, group, activation, slope, backend = ctx.options
         wants_x, wants_residual, _, _, wants_weight, wants_bias = ctx.needs_input_grad[:6]
-        sums = None
-        if ctx.adds or wants_weight or wants_bias or (batch and wants_x):
+        (given, sums), ctx.given = ctx.given, (None, None)
+        if given is dy:
+            activation = "none"  # the reader of y went through it already
+        elif ctx.adds or wants_weight or wants_bias or (batch and wants_x):
             keep = ctx.adds and activation != "none"
             dv, sums = sums_of(
                 dy, x, mean, rstd, bn_weight, bn_bias, residual, mask, activation, slope, keep, backend
@@ -347,9 +350,37 @@ def _training_body(
     return normalize(x, mean, rstd, bn_weight, bn_bias, residual, activation, slope, False, backend)[0]
 
 
+class Made(NamedTuple):
+    """How a tensor was made, y = act(bn(z) + residual), for a reader that goes back through that at once.
+
+    mask: where act'(u) is 1, one bit per element of y; None where u = bn(z).
+    """
+
+    z: Tensor
+    norm: Normalization
+    mask: Tensor | None
+    activation: str
+
+
+def how_it_was_made(y: Tensor) -> Made | None:
+    """How batch norm made ``y``, where a gradient that went through the activation may do so once more
+    without harm, as one with another reader's gradient added to it would."""
+    return getattr(y, "_fastnets_made", None)
+
+
 def _training_autograd(*args):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
-        return _Training.apply(*args)[0]
+        y, mask = _Training.apply(*args)
+        x, residual, *norm, activation, _, _ = args
+        if activation in (*_STEPWISE, "none") and not torch.compiler.is_compiling():
+            masked = residual is not None and activation != "none"
+            mean, rstd, weight, bias, count, batch, group = norm
+            if not masked:
+                mask = None
+            kept = [None if t is None else t.detach() for t in (x, weight, bias)]
+            norm = Normalization(mean, rstd, *kept[1:], count, batch, group)
+            y._fastnets_made = Made(kept[0], norm, mask, activation)
+        return y
     with torch._C._AutoDispatchBelowAutograd():
         return _training(*args)
 

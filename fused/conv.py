@@ -337,7 +337,9 @@ class _ConvBNAct(torch.autograd.Function):
         none = (None,) * 4
         dx = dweight = None
         if wants[0]:
-            dx, _ = input_gradient(dz, weight, x.shape, *options[:4], None, None, *none, "none", 0.0, backend)
+            dx, _ = input_gradient(
+                dz, weight, x.shape, *options[:4], None, None, None, *none, "none", 0.0, backend
+            )
         if wants[1]:
             dweight = weight_gradient(
                 dz, x, weight.shape, weight.dtype, *options[:4], *none, "none", 0.0, backend

@@ -28,6 +28,7 @@ from fastnets.fused import dispatch, onednn, packing
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.batch_norm import call_stock
 from fastnets.fused.batch_norm_training import Pending
+from fastnets.fused.ownership import has_private_gradient
 from fastnets.fused.synchronize import group_of, sum_over_ranks
 
 aten = torch.ops.aten
@@ -45,7 +46,7 @@ _PROLOGUE = (
 
 def _input_gradient_body(
     dy, weight, input_shape, stride, padding, dilation, groups, added,
-    z, mean, rstd, bn_weight, bn_bias, activation, negative_slope, backend,
+    z, mask, mean, rstd, bn_weight, bn_bias, activation, negative_slope, backend,
 ):  # fmt: skip
     weight = weight.to(dy.dtype)
     if backend == "triton" and dy.numel():
@@ -56,7 +57,7 @@ def _input_gradient_body(
         normalized = None
         if z is not None:
             prologue = Prologue(mean, rstd, bn_weight, bn_bias, activation, negative_slope)
-            normalized = Normalized(z, prologue)
+            normalized = Normalized(z, prologue, mask)
         result = launch(
             dy, weight, tuple(input_shape), stride=tuple(stride), padding=tuple(padding),
             dilation=tuple(dilation), groups=groups, added=added, normalized=normalized,
@@ -72,7 +73,7 @@ def _input_gradient_body(
     if z is None:
         return dx, dy.new_empty(0)
     return norms.sums_of(
-        dx, z, mean, rstd, bn_weight, bn_bias, None, None, activation, negative_slope, True,
+        dx, z, mean, rstd, bn_weight, bn_bias, None, mask, activation, negative_slope, True,
         passes_on(backend),
     )  # fmt: skip
 
@@ -82,12 +83,12 @@ def _input_gradient_fake(dy, weight, input_shape, *rest):
     z = rest[5]
     if z is None:
         return dx, dy.new_empty(0)
-    return torch.empty_like(z, dtype=dy.dtype), rest[6].new_empty((2, input_shape[1]))
+    return torch.empty_like(z, dtype=dy.dtype), rest[7].new_empty((2, input_shape[1]))
 
 
 input_gradient = dispatch.register(
     f"conv_input_gradient(Tensor dy, Tensor weight, SymInt[] input_shape, {_GEOMETRY}, Tensor? added, "
-    f"Tensor? z, {_PROLOGUE}, str backend) -> (Tensor, Tensor)",
+    f"Tensor? z, Tensor? mask, {_PROLOGUE}, str backend) -> (Tensor, Tensor)",
     _input_gradient_body,
     _input_gradient_fake,
 )
@@ -257,51 +258,61 @@ def _conv_fake(x, weight, bias, mean, rstd, bn_weight, bn_bias, count, running_m
 
 
 class _Conv(torch.autograd.Function):
-    """``forks``: x is returned too, for its other readers, whose gradient then comes back through here."""
+    """forks: x is returned too, for its other readers, whose gradient then comes back through here. made: how
+    x was made, by a batch norm whose gradient nobody sees but this: it is given dv and its sums for dy."""
 
     @staticmethod
-    def forward(forks, *args):
+    def forward(forks, made, *args):
         with torch._C._AutoDispatchBelowAutograd():
             results = _op(*args)
         return (*results, args[0].view_as(args[0])) if forks else results
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, mean, rstd, bn_weight, bn_bias, count, _, _, *rest = inputs[1:]
+        made, x, weight, _, mean, rstd, bn_weight, bn_bias, count, _, _, *rest = inputs[1:]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:4])
         ctx.options = options = _Options(*rest)
         y = output[3]
         pending = mean is not None
-        if pending and (y.numel() == 0 or options.save == "less"):
+        if not pending or y.numel() == 0 or options.save == "less":
             y = None
         # Of a pending input z is needed for batch norm's gradient; of another one only for the weight's.
         kept = x if pending or weight.requires_grad else None
-        ctx.save_for_backward(kept, y if pending else None, weight, mean, rstd, bn_weight, bn_bias, count)
-        ctx.input_shape = x.shape
+        act, mask, z, ctx.below = (options.activation, options.negative_slope), None, x, None
+        if made is not None:
+            z, (mean, rstd, bn_weight, bn_bias, *_), mask, activation = made
+            act, ctx.below = (activation, 0.0), x.grad_fn
+        elif not pending:
+            z = None
+        ctx.save_for_backward(kept, y, weight, z, mask, mean, rstd, bn_weight, bn_bias, count)
+        ctx.input_shape, ctx.act, ctx.pending = x.shape, act, pending
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, _first, _second, _y, forked=None):
-        x, y, weight, mean, rstd, bn_weight, bn_bias, count = ctx.saved_tensors
-        options = ctx.options
-        _, wants_x, wants_weight, wants_bias, _, _, wants_bn_weight, wants_bn_bias = ctx.needs_input_grad[:8]
-        pending = mean is not None
-        act = (options.activation, options.negative_slope)
+        x, y, weight, z, mask, *vectors, count = ctx.saved_tensors
+        options, pending = ctx.options, ctx.pending
+        wants = ctx.needs_input_grad[2:]
+        wants_x, wants_weight, wants_bias, _, _, wants_bn_weight, wants_bn_bias = wants[:7]
         if dz is None:
-            return None, forked, *[None] * (len(ctx.needs_input_grad) - 2)
+            return None, None, forked, *[None] * (len(wants) - 1)
         dx = dw = dbn_weight = dbn_bias = None
         if wants_weight:
-            given, vectors = (y, (None,) * 4) if y is not None else (x, (mean, rstd, bn_weight, bn_bias))
+            recomputes = pending and y is None
             dw = weight_gradient(
-                dz, given, weight.shape, weight.dtype, *options.geometry, *vectors, *act, options.backend
-            )
+                dz, x if y is None else y, weight.shape, weight.dtype, *options.geometry,
+                *(vectors if recomputes else (None,) * 4), *ctx.act, options.backend,
+            )  # fmt: skip
         if wants_x or wants_bn_weight or wants_bn_bias:
-            vectors = (x, mean, rstd, bn_weight, bn_bias) if pending else (None,) * 5
+            through = (z, mask, *vectors) if z is not None else (None,) * 6
             dx, sums = input_gradient(
-                dz, weight, ctx.input_shape, *options.geometry, forked, *vectors, *act, options.backend
+                dz, weight, ctx.input_shape, *options.geometry, forked, *through, *ctx.act, options.backend
             )
-            if pending:
+            if ctx.below is not None:
+                ctx.below.given = dx, sums
+            elif pending:
+                _, _, bn_weight, bn_bias = vectors
                 dbn_weight = sums[1].to(bn_weight.dtype) if wants_bn_weight else None
                 dbn_bias = sums[0].to(bn_bias.dtype) if wants_bn_bias else None
                 if wants_x:
@@ -309,17 +320,16 @@ class _Conv(torch.autograd.Function):
                         sums = sum_over_ranks(sums, options.group)
                     sums = sums if options.batch else None
                     dx = norms.input_gradient(
-                        dx, x, mean, rstd, bn_weight, bn_bias, sums, count, "none", 0.0,
-                        passes_on(options.backend),
-                    )  # fmt: skip
+                        dx, z, *vectors, sums, count, "none", 0.0, passes_on(options.backend)
+                    )
         dbias = dz.sum((0, 2, 3)) if wants_bias else None
         gradients = (dx if wants_x else None, dw, dbias, None, None, dbn_weight, dbn_bias)
-        return None, *gradients, *[None] * (len(ctx.needs_input_grad) - 8)
+        return None, None, *gradients, *[None] * (len(wants) - 7)
 
 
 def _autograd(*args):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7]):
-        return _Conv.apply(False, *args)[:4]
+        return _Conv.apply(False, None, *args)[:4]
     with torch._C._AutoDispatchBelowAutograd():
         return _op(*args)
 
@@ -375,12 +385,13 @@ def train(
     *,
     defers: bool = False,
     forks: bool = False,
+    sole: bool = False,
     save: str = "auto",
 ) -> object:
     """``act(bn(conv(x)) + residual)`` in training; the layers are plain and their dtypes agree.
 
     defers: the one reader is a convolution that takes a :class:`Pending`. forks: return (result, x), the x
-    that other readers are to read.
+    that other readers are to read. sole: all other readers of x in its container read it through this.
     """
     z = x.z if x.__class__ is Pending else x
     weight, bias = conv.weight, conv.bias
@@ -402,9 +413,13 @@ def train(
         z = conv._conv_forward(_computed(x), weight, bias)
         norm = None if bn is None else norms.normalization(bn, z, passes)
     else:
+        made = None
+        if sole and how != "library" and has_private_gradient(x):
+            made = norms.how_it_was_made(x)
         padding = conv.padding
         if conv.padding_mode != "zeros" or padding.__class__ is str:
             x, padding = explicit_padding(conv, _computed(x))
+            made = None
         if batch and not group:
             _check_values(conv, x, padding)
         running = norms.begin(bn) if batch else (None, None, 0.0)
@@ -412,7 +427,7 @@ def train(
         eps = 0.0 if bn is None else bn.eps
         options = (conv.stride, padding, conv.dilation, conv.groups)
         z, first, second, other = convolve(
-            x, weight, bias, running, options, eps, statistics, save, how, forks
+            x, weight, bias, running, options, eps, statistics, save, how, forks, made
         )
         norm = None
         if batch:
@@ -440,6 +455,7 @@ def convolve(
     save: str,
     backend: str,
     forks: bool = False,
+    made: norms.Made | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | Pending]:
     """(z, the two statistics, the x for other readers); see the top of this file."""
     vectors = (None,) * 5
@@ -452,17 +468,17 @@ def convolve(
         source = x.z
     if not source.is_meta and torch.is_autocast_enabled(source.device.type):
         cast = source.to(torch.get_autocast_dtype(source.device.type))
-        forks = forks and cast is source
-        source = cast
+        if cast is not source:
+            forks, made, source = False, None, cast
     running_mean, running_var, momentum = running
     arguments = (
         source, weight, bias, *vectors, running_mean, running_var, *geometry, *act, momentum, eps,
         statistics, save, backend,
     )  # fmt: skip
     forks = forks and x.__class__ is not Pending and not torch.compiler.is_compiling() and backend == "triton"
-    if forks and torch.is_grad_enabled() and source.requires_grad:
-        z, first, second, _, other = _Conv.apply(True, *arguments)
-        return z, first, second, other
+    if torch.is_grad_enabled() and source.requires_grad and (forks or made is not None):
+        z, first, second, _, *other = _Conv.apply(forks, made, *arguments)
+        return z, first, second, other[0] if forks else x
     z, first, second, _ = _op(*arguments)
     return z, first, second, x
 

@@ -1,8 +1,8 @@
-"""Which residuals may be overwritten by the sum they go into.
+"""Which tensors between the blocks of a network nobody else can see.
 
-Out of place, a residual addition on the CPU reads the residual and writes a result of the same size to cold
-memory; in place it writes where it has just read. That is allowed only for a residual that nobody can read
-again:
+In inference: which residuals may be overwritten by the sum they go into. Out of place, a residual addition on
+the CPU reads the residual and writes a result of the same size to cold memory; in place it writes where it
+has just read. That is allowed only for a residual that nobody can read again:
 
 * it is a dense tensor that a fused call of the same forward made, and this call is its last reader; or it is
   the forward's input, this call is its last reader there, and the caller has given it away;
@@ -11,6 +11,10 @@ again:
 ``patterns`` finds the last readers in the graphs. The caller that gives inputs away is ``run_in_sequence``,
 the forward of optimized stages such as ResNet's ``layer1``: between two blocks it alone holds the tensor,
 and checks that by counting references to it and to its memory.
+
+In training: whose gradient nobody can ask for, so that the block above may hand it down half finished (see
+``conv_training``). That is a tensor which ``run_in_sequence`` alone holds, on its way into a block without
+hooks.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ import threading
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from fastnets.fused.batch_norm import has_hooks, is_unobserved_inference
+from fastnets.fused.batch_norm import has_hooks, in_transform, is_unobserved_inference
 
 MADE_HERE, GIVEN = "made here", "given"
 
@@ -29,6 +34,7 @@ MADE_HERE, GIVEN = "made here", "given"
 class _Ownership(threading.local):
     active = False  # the container that runs was called by run_in_sequence, and no hook is in it
     given: Tensor | None = None
+    private: Tensor | None = None  # on its way from one block to the next in training
 
 
 _now = _Ownership()
@@ -43,6 +49,8 @@ def may_overwrite(residual: Tensor | None, dies: str) -> bool:
 
 def run_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
     """``nn.Sequential``'s forward, which gives each block the tensor that only it will read."""
+    if _is_unobserved_training(input):
+        return _train_in_sequence(sequential, input)
     if not is_unobserved_inference(input):
         for module in sequential:
             input = module(input)
@@ -58,6 +66,37 @@ def run_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
             input = module(input)
         finally:
             _now.active, _now.given = before
+        ours = True
+    return input
+
+
+def has_private_gradient(x: Tensor) -> bool:
+    """Whether nobody but the layers on both sides can see the gradient of ``x``."""
+    return _now.private is x
+
+
+def _is_unobserved_training(x: object) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and torch.is_grad_enabled()
+        and torch._C._get_tracing_state() is None
+        and not _has_any_global_hook()
+        and not in_transform()
+    )
+
+
+def _train_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
+    ours = False  # the first input is the caller's
+    for module in sequential:
+        before = _now.private
+        # One reference is this frame's variable, one the argument of the count itself.
+        alone = ours and sys.getrefcount(input) <= 2 and not any(map(has_hooks, module.modules()))
+        _now.private = input if alone else None
+        try:
+            input = module(input)
+        finally:
+            _now.private = before
         ours = True
     return input
 

@@ -5,7 +5,9 @@ Both rest on who reads a value, which a graph of one container tells:
 * a batch norm's result that one convolution alone reads stays pending, to be computed there
   (``defers``, see ``conv_training.Pending``);
 * a value that a convolution and others read goes to the others through the convolution (``forks``), whose
-  input gradient then adds theirs without a pass of its own.
+  input gradient then adds theirs without a pass of its own;
+* a convolution through which all readers of the forward's input read it may finish that input's gradient for
+  the block below (``sole``, see ``conv_training``).
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ def link(graph: fx.Graph, save: str) -> int:
             node.kwargs = {**node.kwargs, "save": save}
         if node.target is call_conv_bn_act:
             marks += _fork(graph, node)
+            x = node.args[_X[node.target]]
+            if isinstance(x, fx.Node) and x.op == "placeholder" and list(x.users) == [node]:
+                node.kwargs = {**node.kwargs, "sole": True}
     return marks
 
 

@@ -301,7 +301,7 @@ def test_gradcheck_of_batch_norm_add_act(activation, batch, residual):
 def forked(x, weight, bias, options):
     """(z, x for others) of the autograd function that lets x through."""
     results = conv_training._Conv.apply(
-        True, x, weight, bias, *[None] * 7, *options, "none", 0.0, False, "", 0.0, 1e-5, "none", "auto",
+        True, None, x, weight, bias, *[None] * 7, *options, "none", 0.0, False, "", 0.0, 1e-5, "none", "auto",
         "reference",
     )  # fmt: skip
     return results[0], results[-1]
@@ -359,7 +359,7 @@ def opcheck_cases():
         "conv_training, pending": (ops.conv_training, (x, weight, bias, *pending)),
         "conv_input_gradient": (
             ops.conv_input_gradient,
-            (dy, weight.detach(), [2, 4, 5, 5], *options, z, z, *vectors, "relu", 0.0, "reference"),
+            (dy, weight.detach(), [2, 4, 5, 5], *options, z, z, None, *vectors, "relu", 0.0, "reference"),
         ),
         "conv_weight_gradient": (
             ops.conv_weight_gradient,
