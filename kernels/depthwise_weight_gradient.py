@@ -141,8 +141,9 @@ def _add_taps(
 
 # Elements of a tile of one row: half of the forward's, as there is a sum in registers for every tap.
 _ELEMENTS = 512
-# Registers of a thread that those sums may take, and filter rows of one block of taps.
-_REGISTERS_OF_SUMS = 100
+# Registers of a thread that those sums and the loads in flight may take (fewer where what is loaded is first
+# computed with), and filter rows of one block of taps.
+_REGISTERS = {"products": 180, "normalised products": 110}
 _MAX_ROWS = 7
 # Blocks that a multiprocessor may hold at once.
 _BLOCKS_PER_MULTIPROCESSOR = 4
@@ -177,8 +178,9 @@ def depthwise_weight_gradient(
         return dw.zero_()
     multiprocessors = current_device(dy).multiprocessors
     plan = _plan_weight_gradient(
-        shape, (dy.stride(), x.stride()), dy.element_size(), config, splits, multiprocessors
-    )
+        shape, (dy.stride(), x.stride()), dy.element_size(), prologue is not None, config, splits,
+        multiprocessors,
+    )  # fmt: skip
     partial = torch.empty((plan.parts, *size), dtype=torch.float32, device=dy.device)
     vectors = (None,) * 4 if prologue is None else prologue.tensors
     activation, slope = ("none", 0.0) if prologue is None else (prologue.activation, prologue.negative_slope)
@@ -216,16 +218,25 @@ def wide_offsets(*extents: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_weight_gradient(shape, strides, element_size, config, splits, multiprocessors) -> Plan:
+def _plan_weight_gradient(
+    shape, strides, element_size, normalises, config, splits, multiprocessors
+) -> Plan:  # fmt: skip
     """strides: of dy and x, which have the same element_size."""
     sizes = ((shape.N, shape.K, shape.P, shape.Q), (shape.N, shape.C, shape.H, shape.W))
     extents = [span(size, s) for size, s in zip(sizes, strides)]
     dy, x = (stepping(size, s) for size, s in zip(sizes, strides))
     if config is None:
         config = pick_config(shape.N, shape.K, shape.P, shape.Q, True, 0, _ELEMENTS)
+    if config.maxnreg is None:
+        # Left to itself, ptxas spills sums to fit one more block.
+        config = config.replace(maxnreg=255)
     rows = min(shape.R, _MAX_ROWS)
-    registers = config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps)
-    blocks_s = tiles(shape.S, max(1, _REGISTERS_OF_SUMS // (registers * rows)))
+    elements = config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps)
+    reach = (config.BLOCK_P - 1) * shape.stride[0] + (rows - 1) * shape.dilation[0] + 1
+    loads = min(reach, config.BLOCK_P * rows)
+    of_a_column = elements * rows + loads * elements * element_size // 4
+    registers = _REGISTERS["normalised products" if normalises else "products"]
+    blocks_s = tiles(shape.S, max(1, registers // of_a_column))
     columns = tiles(shape.S, blocks_s)
     programs = tiles(shape.K, config.BLOCK_K) * tiles(shape.R, rows) * blocks_s
     column_tiles = tiles(shape.N * tiles(shape.P, config.BLOCK_P) * shape.Q, config.BLOCK_M)

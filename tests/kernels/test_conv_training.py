@@ -18,6 +18,7 @@ from tests.kernels.conv_cases import ACTIVATIONS, Case, in_layout, operands, sto
 from tests.lanes import STRICT_LANES
 
 HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +83,15 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHAPES)
+FEW = ("3x3", "depthwise", "narrow groups", "stem")
+
+
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=SLOW) for n in SHAPES])
 def test_statistics(lane, name):
+    check_statistics(lane, name)
+
+
+def check_statistics(lane, name):
     dtype, case = SHAPES[name]
     tensors = operands(case, dtype)
     z, statistics = run(lane, case, tensors)
@@ -95,10 +103,10 @@ def test_statistics(lane, name):
 @pytest.mark.parametrize("name", ["3x3", "depthwise"])
 def test_strictly(lane, name):
     # Each warp that has a channel's statistics writes them to shared memory on their way out: the same bytes.
-    test_statistics(lane.but(shared_races=None), name)
+    check_statistics(lane.but(shared_races=None), name)
 
 
-@pytest.mark.lanes("interpreter", "sm_80", "gpu")
+@pytest.mark.lanes("sm_80", "gpu")
 @pytest.mark.parametrize("name", ["3x3", "stem", "narrow groups", "depthwise"])
 def test_the_output_is_that_of_inference(lane, name):
     dtype, case = SHAPES[name]
@@ -109,6 +117,7 @@ def test_the_output_is_that_of_inference(lane, name):
     assert torch.equal(z, y.cpu())
 
 
+@pytest.mark.lanes("interpreter", "sm_90", "gpu")
 def test_split_columns_are_summed_up_behind(lane):
     config = table_configs("taps", "16-bit", DEVICES["h100"])[-1]
     config = config.replace(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, SPLIT_K=4)
@@ -120,7 +129,7 @@ def test_split_columns_are_summed_up_behind(lane):
     assert_statistics_of(z, statistics)
 
 
-@pytest.mark.lanes("interpreter", "sm_80", "gpu")
+@pytest.mark.lanes("sm_80", "gpu")
 @pytest.mark.parametrize("name", ["3x3", "depthwise"])
 def test_constants_have_no_variance(lane, name):
     _, case = SHAPES[name]
@@ -132,7 +141,7 @@ def test_constants_have_no_variance(lane, name):
     assert (m2 == 0).all()
 
 
-@pytest.mark.lanes("interpreter", "sm_90", "gpu")
+@pytest.mark.lanes("sm_90", "gpu")
 @pytest.mark.parametrize("name", ["3x3, fp32", "depthwise"])
 def test_a_large_mean_does_not_drown_a_small_variance(lane, name):
     _, case = SHAPES[name]
@@ -148,16 +157,17 @@ def test_a_large_mean_does_not_drown_a_small_variance(lane, name):
     assert ((m2[0] - spread).abs() <= 1e-5 * spread).all()
 
 
+@pytest.mark.slow
 def test_64_bit_offsets(lane, monkeypatch):
     monkeypatch.setattr(conv_shape, "INT32_ELEMENTS", 10)
     conv_shape._layout.cache_clear()
     try:
-        test_statistics(lane, "several tiles")
+        check_statistics(lane, "several tiles")
     finally:
         conv_shape._layout.cache_clear()
 
 
-@pytest.mark.lanes("interpreter", "sm_80")
+@pytest.mark.lanes("sm_80")
 def test_bit_identical_from_run_to_run(lane):
     dtype, case = SHAPES["several tiles"]
     tensors = operands(case, dtype)
@@ -221,8 +231,14 @@ PROLOGUES = {
 }
 
 
-@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("stride 2", "padded") else pytest.param(n, marks=SLOW) for n in PROLOGUES]
+)
 def test_prologue(lane, name):
+    check_prologue(lane, name)
+
+
+def check_prologue(lane, name):
     dtype, case, activation = PROLOGUES[name]
     tensors = operands(case, dtype)
     before = prologue_for(case.C, activation, affine=name != "sliced")
@@ -234,10 +250,10 @@ def test_prologue(lane, name):
 
 @pytest.mark.lanes(*STRICT_LANES)
 def test_prologue_strictly(lane):
-    test_prologue(lane.but(shared_races=None), "padded")
+    check_prologue(lane.but(shared_races=None), "padded")
 
 
-@pytest.mark.lanes("interpreter", "sm_80", "gpu")
+@pytest.mark.lanes("sm_80", "gpu")
 def test_prologue_rounds_as_a_stored_activation(lane):
     # x of fp16, scaled by 2^-12 to where fp16 has 3 bits left: unrounded products would differ.
     case = plain(N=1, C=32, H=4, W=4, K=16, R=1, S=1)
@@ -261,6 +277,7 @@ def test_prologue_activations(lane, activation):
     assert_close_to(reference, unfused(case, tensors, before, torch.float32, FULL), z)
 
 
+@pytest.mark.slow
 @pytest.mark.lanes("interpreter", "sm_90")
 def test_prologue_with_split_columns(lane):
     config = table_configs("taps", "16-bit", DEVICES["h100"])[-1].replace(SPLIT_K=4)
@@ -291,6 +308,7 @@ def test_bad_input(change, error, message):
         conv_statistics(**{**arguments, "prologue": prologue_for(32), **change})
 
 
+@pytest.mark.lanes("interpreter", "gpu")
 def test_vectors_of_any_stride_are_taken(lane):
     case = plain(N=1, C=32, H=4, W=4, K=16, R=1, S=1)
     tensors = operands(case, HALF)
