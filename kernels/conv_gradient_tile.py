@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fastnets.kernels.activation import activation_backward
+from fastnets.kernels.conv_tile import aligned
 
 __all__ = ["class_taps", "finish_gradient", "store_gradient"]
 
@@ -43,25 +44,26 @@ def class_taps(
 def finish_gradient(
     acc, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized, negative_slope, sums,
     VECTOR: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, ACTIVATION: tl.constexpr,
-    INDEX: tl.constexpr, HALVES: tl.constexpr,
+    INDEX: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of acc [BLOCK_M, BLOCK_N], stored to the rows ``pixel`` of dx, a row-major [N·H·W, pitch].
 
     Columns are a group's channels c < C from first_c on; channel is the group's first. added: (pointer or
     None, its strides n, c, h, w). normalized: (z or None, its strides, mean, rstd, bn_weight, bn_bias); then
-    sums [tiles, 2, pitch] takes this tile's. DENSE_*: lies as dx does. HALVES: see ``conv_tile.finish_tile``.
+    sums [tiles, 2, pitch] takes this tile's. DENSE_*: lies as dx does. COLUMNS: finish so many columns at a
+    time, left to right, which takes fewer registers beside the accumulator.
     """
-    if HALVES:
-        BLOCK_M: tl.constexpr = acc.shape[0]
-        BLOCK_N: tl.constexpr = acc.shape[1]
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    if BLOCK_N > COLUMNS:
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        _finish_columns(
+        finish_gradient(
             left, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized,
-            negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX,
+            negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, COLUMNS,
         )  # fmt: skip
-        _finish_columns(
+        finish_gradient(
             right, pixel, inside_m, first_c + BLOCK_N // 2, C, channel, tile, dx, pitch, H, W, added,
-            normalized, negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX,
+            normalized, negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, COLUMNS,
         )  # fmt: skip
     else:
         _finish_columns(
@@ -134,3 +136,33 @@ def store_gradient(
         sum_dv = tl.sum(dv, axis=0)
         sum_dv_x = tl.sum(dv * centred, axis=0) * rstd_c
     return sum_dv, sum_dv_x
+
+
+_SIZES = ("M", "H", "W", "pitch", "added_n", "added_h", "added_w", "z_n", "z_h", "z_w")
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def finish_gradient_kernel(
+    partial, dx, added, z, mean, rstd, bn_weight, bn_bias, sums, M, H, W, pitch,
+    added_n, added_c, added_h, added_w, z_n, z_c, z_h, z_w, negative_slope,
+    SPLIT_K: tl.constexpr, VECTOR_DX: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr,
+    WIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx [M, pitch] = epilogue(Σ partial [SPLIT_K, M, pitch]): grid (row tiles, column tiles)."""
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    pitch = aligned(pitch, VECTOR_DX, INDEX)
+    tile = tl.program_id(0)
+    m = tile.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_c = tl.program_id(1) * BLOCK_N
+    c = first_c + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (c < pitch)[None, :]
+    offsets = (m * pitch)[:, None] + c[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for share in tl.static_range(SPLIT_K):
+        acc += tl.load(partial + offsets + share * (M.to(INDEX) * pitch), mask=inside, other=0.0)
+    finish_gradient(
+        acc, m, m < M, first_c, pitch, 0, tile, dx, pitch, H, W,
+        (added, added_n, added_c, added_h, added_w),
+        (z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias), negative_slope, sums,
+        VECTOR_DX, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, BLOCK_N,
+    )  # fmt: skip

@@ -24,17 +24,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnets.kernels.conv_configs import (
-    PACKED_CHANNELS,
-    groups_per_tile,
-    kernel_configs,
-    predicted_seconds,
-    products_of,
-    reduce_config,
-    suits,
-    table_configs,
+from fastnets.kernels.conv_configs import groups_per_tile, kernel_configs, reduce_config
+from fastnets.kernels.conv_gradient_configs import (
+    choose_input_gradient,
+    input_gradient_candidates,
+    mirrored,
+    table_of,
 )
-from fastnets.kernels.conv_gradient_tile import class_taps, finish_gradient
+from fastnets.kernels.conv_gradient_tile import class_taps, finish_gradient, finish_gradient_kernel
 from fastnets.kernels.conv_shape import (
     INT32_ELEMENTS,
     ConvShape,
@@ -92,6 +89,9 @@ def conv_input_gradient_kernel(
     STEP_Q: tl.constexpr = DILATION_W * STEP_S // STRIDE_W
     CHECKED: tl.constexpr = R > 1 or S > 1  # the one tap of a 1×1 filter is always inside
     BITS: tl.constexpr = TAPS_R * TAPS_S <= 32
+    # An epilogue that reads z holds two tiles more beside the accumulator.
+    PARTS: tl.constexpr = 1 if not HALVES else 2 if z is None else 4
+    COLUMNS: tl.constexpr = BLOCK_N // PARTS
 
     C = aligned(C, VECTOR_DX, tl.int32)
     K = aligned(K, VECTOR_DY, tl.int32)
@@ -219,42 +219,15 @@ def conv_input_gradient_kernel(
         finish_gradient(
             acc, pixel, inside_m, tile_n * BLOCK_N, channels_left, bundle * C, tile_m, dx, pitch, H, W,
             (None, 0, 0, 0, 0), (None, 0, 0, 0, 0, None, None, None, None), 0.0, None,
-            VECTOR_DX, True, True, "none", INDEX, False,
+            VECTOR_DX, True, True, "none", INDEX, BLOCK_N,
         )  # fmt: skip
     else:
         finish_gradient(
             acc, pixel, inside_m, tile_n * BLOCK_N, channels_left, bundle * C, tile_m * CLASSES + place, dx,
             pitch, H, W, (added, added_n, added_c, added_h, added_w),
             (z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias), negative_slope, sums,
-            VECTOR_DX, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, HALVES,
+            VECTOR_DX, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, COLUMNS,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def finish_gradient_kernel(
-    partial, dx, added, z, mean, rstd, bn_weight, bn_bias, sums, M, H, W, pitch,
-    added_n, added_c, added_h, added_w, z_n, z_c, z_h, z_w, negative_slope,
-    SPLIT_K: tl.constexpr, VECTOR_DX: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr,
-    WIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dx [M, pitch] = epilogue(Σ partial [SPLIT_K, M, pitch]): grid (row tiles, column tiles)."""
-    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
-    pitch = aligned(pitch, VECTOR_DX, INDEX)
-    tile = tl.program_id(0)
-    m = tile.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_c = tl.program_id(1) * BLOCK_N
-    c = first_c + tl.arange(0, BLOCK_N)
-    inside = (m < M)[:, None] & (c < pitch)[None, :]
-    offsets = (m * pitch)[:, None] + c[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for share in tl.static_range(SPLIT_K):
-        acc += tl.load(partial + offsets + share * (M.to(INDEX) * pitch), mask=inside, other=0.0)
-    finish_gradient(
-        acc, m, m < M, first_c, pitch, 0, tile, dx, pitch, H, W,
-        (added, added_n, added_c, added_h, added_w),
-        (z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias), negative_slope, sums,
-        VECTOR_DX, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, False,
-    )  # fmt: skip
 
 
 class Normalized(NamedTuple):
@@ -278,35 +251,43 @@ class InputGradientCall:
     config: Config | None
 
 
-def mirrored(shape: ConvShape) -> ConvShape:
-    """The convolution of dy at stride 1 that a class of pixels takes about as long as, times its classes."""
-    steps = [stride // math.gcd(stride, dilation) for stride, dilation in zip(shape.stride, shape.dilation)]
-    return ConvShape(
-        shape.N, shape.K, shape.P, shape.Q, shape.C,
-        ceil_div(shape.R, steps[0]), ceil_div(shape.S, steps[1]), shape.H, shape.W,
-        (1, 1), (0, 0), (1, 1), shape.groups,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Layout:
+    """How the operands of a call lie: strides (0 along dimensions of one element) of each, and what follows.
+
+    Strides of an absent operand are zeros. wide: offsets need 64 bits. vectors, crowded: as ``suits`` asks.
+    """
+
+    dy: tuple[int, ...]
+    weight: tuple[int, ...]
+    added: tuple[int, ...]
+    z: tuple[int, ...]
+    dense_added: bool
+    dense_z: bool
+    vector_weight: int
+    wide: bool
+    vectors: bool
+    crowded: bool
 
 
-def table_of(shape: ConvShape) -> str:
-    """The table of configs that serves a shape: "taps", or "packed" for narrow groups."""
-    narrow = max(shape.group_channels, shape.group_outputs) <= PACKED_CHANNELS
-    return "packed" if shape.groups > 1 and narrow else "taps"
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_config(
-    shape: ConvShape, element_size: int, precision: str, device: Device, vectors: bool, crowded: bool
-) -> Config:
-    """The config with the least predicted time: see ``conv_configs.choose_config``."""
-    table = table_of(shape)
-    candidates = table_configs(table, products_of(element_size, precision, device), device)
-    candidates = [c for c in candidates if suits(c, table, vectors, crowded)]
-    careful = [c for c in candidates if shape.taps == 1 or c.num_warps <= 4]
-    window = mirrored(shape)
-    return min(
-        careful or candidates, key=lambda c: predicted_seconds(window, c, element_size, precision, device)
+def layout(shape: ConvShape, element_size: int, strides: tuple[tuple[int, ...] | None, ...]) -> Layout:
+    """strides: of dy, weight, added and z, the last two None where there are none."""
+    sizes_x = (shape.N, shape.C, shape.H, shape.W)
+    sizes_dy = (shape.N, shape.K, shape.P, shape.Q)
+    sizes = (sizes_dy, (shape.K, shape.group_channels, shape.R, shape.S), sizes_x, sizes_x)
+    spans = [math.prod(sizes_x), *(span(size, s) for size, s in zip(sizes, strides) if s is not None)]
+    wide = max(spans) > INT32_ELEMENTS
+    dy, weight, added, z = ((0,) * 4 if s is None else stepping(size, s) for size, s in zip(sizes, strides))
+    channels_last = stepping(sizes_x, (shape.C * shape.H * shape.W, 1, shape.C * shape.W, shape.C))
+    scattered = any(s is not None and stepping(sizes_x, s) != channels_last for s in strides[2:])
+    vector_weight, vector_dy = (
+        vector_width(element_size, run, step, down, right) if unit == 1 else 1
+        for run, (step, unit, down, right) in ((shape.group_channels, weight), (shape.group_outputs, dy))
     )
+    return Layout(
+        dy, weight, added, z, added == channels_last, z == channels_last, vector_weight, wide,
+        min(vector_weight, vector_dy) > 1, wide or scattered,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -322,28 +303,14 @@ def _plan(
 
     element_sizes: of dy and of dx. strides: of dy, weight, added and z.
     """
-    sizes_x = (shape.N, shape.C, shape.H, shape.W)
-    sizes_dy = (shape.N, shape.K, shape.P, shape.Q)
-    sizes = (sizes_dy, (shape.K, shape.group_channels, shape.R, shape.S), sizes_x, sizes_x)
-    spans = [math.prod(sizes_x), *(span(size, s) for size, s in zip(sizes, strides) if s is not None)]
-    dy, weight, added, z = ((0,) * 4 if s is None else stepping(size, s) for size, s in zip(sizes, strides))
-    channels_last = stepping(sizes_x, (shape.C * shape.H * shape.W, 1, shape.C * shape.W, shape.C))
-    dense_added, dense_z = added == channels_last, z == channels_last
-    wide = max(spans) > INT32_ELEMENTS
-    weight_steps = (shape.group_channels, weight[0], weight[2], weight[3])
-    vector_weight = vector_width(element_sizes[0], *weight_steps) if weight[1] == 1 else 1
-
-    table = table_of(shape)
-    vectors = (
-        dy[1] == 1 and vector_width(element_sizes[0], shape.group_outputs, *dy) > 1 and vector_weight > 1
-    )
-    scattered = (strides[2] is not None and not dense_added) or (strides[3] is not None and not dense_z)
+    lies = layout(shape, element_sizes[0], strides)
     if config is None:
-        config = choose_config(shape, element_sizes[0], precision, device, vectors, wide or scattered)
+        config = choose_input_gradient(shape, element_sizes[0], precision, device, lies.vectors, lies.crowded)
+    wide = lies.wide
     if config.SPLIT_K > 1:
-        wide = wide or config.SPLIT_K * math.prod(sizes_x) > INT32_ELEMENTS
+        wide |= config.SPLIT_K * shape.N * shape.C * shape.H * shape.W > INT32_ELEMENTS
     pack = 1
-    if table == "packed":
+    if table_of(shape) == "packed":
         pack = groups_per_tile(mirrored(shape), config)
         if pack == 0 or config.SPLIT_K > 1:
             raise UnsupportedConfig(
@@ -353,8 +320,9 @@ def _plan(
     C, K = pack * shape.group_channels, pack * shape.group_outputs
     arguments = (
         *(shape.N, C, shape.H, shape.W, K, shape.P, shape.Q, shape.C, shape.K),
-        *dy, *weight, *added, *z,
+        *lies.dy, *lies.weight, *lies.added, *lies.z,
     )  # fmt: skip
+    dy_n, dy_k, dy_p, dy_q = lies.dy
     flags = {
         "R": shape.R,
         "S": shape.S,
@@ -370,13 +338,13 @@ def _plan(
         "GROUP_C": shape.group_channels if pack > 1 else 0,
         "GROUP_K": shape.group_outputs if pack > 1 else 0,
         "PACK": pack,
-        "VECTOR_DY": vector_width(element_sizes[0], K, shape.K, dy[0], dy[2], dy[3]) if dy[1] == 1 else 1,
-        "VECTOR_WEIGHT": vector_weight,
+        "VECTOR_DY": vector_width(element_sizes[0], K, shape.K, dy_n, dy_p, dy_q) if dy_k == 1 else 1,
+        "VECTOR_WEIGHT": lies.vector_weight,
         "VECTOR_DX": vector_width(element_sizes[1], C, shape.C),
         "EVEN_C": C % config.BLOCK_N == 0 and shape.C % C == 0,
         "EVEN_K": K % config.BLOCK_K == 0 and shape.K % K == 0,
-        "DENSE_ADDED": dense_added,
-        "DENSE_Z": dense_z,
+        "DENSE_ADDED": lies.dense_added,
+        "DENSE_Z": lies.dense_z,
         "WIDE": wide,
     }
     return config, arguments, flags
@@ -437,7 +405,7 @@ def input_gradient(call: InputGradientCall) -> tuple[torch.Tensor, torch.Tensor 
 
 
 def configs(device: Device) -> list[Config]:
-    """Every config of ``conv_input_gradient_kernel`` that ``choose_config`` may pick on this device."""
+    """Every config that ``choose_input_gradient`` may pick on this device."""
     return list(dict.fromkeys([*kernel_configs("taps", device), *kernel_configs("packed", device)]))
 
 
@@ -460,14 +428,16 @@ def representative_calls() -> list[RepresentativeCall]:
                 vectors = (torch.empty(shape.C, device="meta") for _ in range(4))
                 normalized = Normalized(tensor(*x), Prologue(*vectors, activation))
             dy, weight = tensor(shape.N, K, shape.P, shape.Q), tensor(K, shape.group_channels, R, S)
-            products = products_of(dtype.itemsize, precision, current_device(dy))
-            served = table_configs(table_of(shape), products, current_device(dy))
+            other = tensor(*x) if added else None
+            operands = (dy, weight, other, normalized and normalized.z)
+            lies = layout(shape, dtype.itemsize, tuple(t if t is None else t.stride() for t in operands))
+            served = input_gradient_candidates(
+                shape, dtype.itemsize, precision, current_device(dy), lies.vectors, lies.crowded
+            )
             if config is not None and config not in served:
                 raise UnsupportedConfig(f"{name}: {config} is never chosen for such a call")
             return input_gradient(
-                InputGradientCall(
-                    shape, dy, weight, tensor(*x) if added else None, normalized, dtype, precision, config
-                )
+                InputGradientCall(shape, dy, weight, other, normalized, dtype, precision, config)
             )
 
         return RepresentativeCall(name, thunk)

@@ -6,7 +6,7 @@
 
 The matrix is small and the sum over pixels long, so programs share the pixels: each share is added into a
 workspace of its own in fp32, and ``partial_sums`` adds those in order. The workspace is written and read
-beside dy and x, so there are no more shares than it takes to fill the device (``possible_splits``).
+beside dy and x, so there are no more shares than it takes to fill the device (``conv_gradient_configs``).
 
 Columns are taken (r, s, c) jointly: a block of them may hold several taps, which serves stems of 3 channels
 as well as tiles wider than C. Which tap and channel a column is is found once; in the loop only the pixels
@@ -20,20 +20,19 @@ loaded, so that the activation need not have been kept.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from fastnets.kernels.conv_configs import (
-    PACKED_CHANNELS,
-    kernel_configs,
-    products_of,
-    seconds_of_tiles,
-    suits,
-    table_configs,
+from fastnets.kernels.conv_configs import kernel_configs
+from fastnets.kernels.conv_gradient_configs import (
+    TABLE,
+    choose_weight_gradient,
+    groups_packed,
+    tiles_of,
+    weight_gradient_candidates,
 )
 from fastnets.kernels.conv_shape import (
     INT32_ELEMENTS,
@@ -52,12 +51,6 @@ from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfi
 from fastnets.kernels.partial_sums import sum_rows
 
 __all__ = ["WeightGradientCall", "configs", "representative_calls", "weight_gradient"]
-
-TABLE = "weight gradient"
-
-# Bytes that are moved are certain and predicted times are not: so much more of the latter may save bytes.
-SLACK = 1.25
-
 
 _SIZES = (
     *("N", "C", "H", "W", "K", "P", "Q", "channels", "filters", "columns", "splits"),
@@ -251,93 +244,6 @@ class WeightGradientCall:
     splits: int | None
 
 
-def groups_packed(shape: ConvShape, config: Config) -> int:
-    """How many groups share a tile: 1 unless they are narrow."""
-    widest = max(shape.group_channels, shape.group_outputs)
-    if shape.groups == 1 or widest > PACKED_CHANNELS:
-        return 1
-    fitting = min(config.BLOCK_M // shape.group_outputs, config.BLOCK_N // shape.group_channels)
-    return max(1, min(fitting, shape.groups))
-
-
-def tiles_of(shape: ConvShape, config: Config) -> tuple[int, int]:
-    """(tiles of a bundle of groups, bundles)."""
-    pack = groups_packed(shape, config)
-    columns = shape.taps * pack * shape.group_channels
-    tiles = ceil_div(pack * shape.group_outputs, config.BLOCK_M) * ceil_div(columns, config.BLOCK_N)
-    return tiles, ceil_div(shape.groups, pack)
-
-
-def workspace_bytes(shape: ConvShape, splits: int) -> int:
-    """What the shares' partial sums move, written and read once."""
-    return 2 * 4 * splits * shape.K * shape.group_channels * shape.taps if splits > 1 else 0
-
-
-def possible_splits(shape: ConvShape, config: Config, element_size: int, device: Device) -> set[int]:
-    """Into how many shares the pixels may be split.
-
-    The workspace moves at most a tenth of what dy and x do, unless the tiles alone leave multiprocessors
-    idle: then there may be up to two programs for each. A share of fewer than 4 blocks fills no pipeline.
-    """
-    tiles = math.prod(tiles_of(shape, config))
-    blocks = ceil_div(shape.M, config.BLOCK_K)
-    moved = element_size * shape.N * (shape.C * shape.H * shape.W + shape.K * shape.P * shape.Q)
-    most = moved // (10 * workspace_bytes(shape, 2) // 2)
-    if tiles < device.multiprocessors:
-        most = max(most, 2 * device.multiprocessors // tiles)
-    most = max(1, min(most, blocks // 4))
-    eighths = (device.multiprocessors * eighth // (8 * tiles) for eighth in (2, 3, 4, 6, 8, 10, 12, 14, 16))
-    shares = (ceil_div(blocks, splits) for splits in (1, most, *eighths) if 1 <= splits <= most)
-    return {ceil_div(blocks, share) for share in shares}
-
-
-def predicted_seconds(
-    shape: ConvShape, config: Config, splits: int, element_size: int, precision: str, device: Device
-) -> float:
-    """Of the kernel and, for several shares, of the second pass: what ``choose`` ranks by."""
-    tiles = math.prod(tiles_of(shape, config)) * splits
-    blocks = ceil_div(ceil_div(shape.M, config.BLOCK_K), splits)
-    seconds = seconds_of_tiles(config, tiles, blocks, element_size, precision, device)
-    if splits > 1:
-        seconds += 4e-6 + workspace_bytes(shape, splits) / (1e9 * device.dram_bandwidth)
-    return seconds
-
-
-def candidates(element_size: int, precision: str, device: Device, vectors: bool) -> list[Config]:
-    """Configs that leave registers for the addresses of a call: see ``choose``."""
-    table = table_configs(TABLE, products_of(element_size, precision, device), device)
-    return [c for c in table if suits(c, TABLE, vectors, False)]
-
-
-@functools.lru_cache(maxsize=4096)
-def choose(
-    shape: ConvShape,
-    element_size: int,
-    precision: str,
-    device: Device,
-    vectors: bool = True,
-    config: Config | None = None,
-) -> tuple[Config, int]:
-    """The config, if it is not given, and the number of shares.
-
-    Of the pairs that are predicted to take at most SLACK times as long as the fastest, that with the smallest
-    workspace. vectors: operands load several elements at a time, not one by one, each from its own address.
-    """
-    tried = [config]
-    if config is None:
-        tried = candidates(element_size, precision, device, vectors)
-        # As in conv_configs.choose_config: 4 warps for filters of several taps until something is measured.
-        tried = [c for c in tried if shape.taps == 1 or c.num_warps <= 4] or tried
-    predicted = {
-        (c, splits): predicted_seconds(shape, c, splits, element_size, precision, device)
-        for c in tried
-        for splits in possible_splits(shape, c, element_size, device)
-    }
-    enough = SLACK * min(predicted.values())
-    fast = {pair: seconds for pair, seconds in predicted.items() if seconds <= enough}
-    return min(fast, key=lambda pair: (workspace_bytes(shape, pair[1]), fast[pair]))
-
-
 def vector_widths(
     shape: ConvShape, element_size: int, dy: tuple[int, ...], x: tuple[int, ...], pack: int = 1
 ) -> tuple[int, int]:
@@ -366,7 +272,7 @@ def _plan(
     extent = max(span(sizes_x, x), span(sizes_dy, dy))
     x, dy = stepping(sizes_x, x), stepping(sizes_dy, dy)
     vectors = min(vector_widths(shape, element_size, dy, x)) > 1
-    config, chosen = choose(shape, element_size, precision, device, vectors, config)
+    config, chosen = choose_weight_gradient(shape, element_size, precision, device, vectors, config)
     splits = chosen if splits is None else min(splits, ceil_div(shape.M, config.BLOCK_K))
     pack = groups_packed(shape, config)
     C, K = pack * shape.group_channels, pack * shape.group_outputs
@@ -432,7 +338,7 @@ def weight_gradient(call: WeightGradientCall) -> torch.Tensor:
 
 
 def configs(device: Device) -> list[Config]:
-    """Every config of ``conv_weight_gradient_kernel`` that ``choose`` may pick on this device."""
+    """Every config that ``choose_weight_gradient`` may pick on this device."""
     return kernel_configs(TABLE, device)
 
 
@@ -456,7 +362,9 @@ def representative_calls() -> list[RepresentativeCall]:
                 prologue = Prologue(*(torch.empty(shape.C, device="meta") for _ in range(4)), activation)
             image, device = tensor(*x), current_device(dy)
             vectors = min(vector_widths(shape, dtype.itemsize, dy.stride(), image.stride())) > 1
-            if config is not None and config not in candidates(dtype.itemsize, precision, device, vectors):
+            if config is not None and config not in weight_gradient_candidates(
+                dtype.itemsize, precision, device, vectors
+            ):
                 raise UnsupportedConfig(f"{name}: {config} is never chosen for such a call")
             return weight_gradient(
                 WeightGradientCall(shape, dy, image, prologue, dtype, precision, config, splits)

@@ -12,6 +12,7 @@ from fastnets.kernels import conv_input_gradient as input_kernels
 from fastnets.kernels import conv_weight_gradient as weight_kernels
 from fastnets.kernels.conv_backward import Normalized, conv_input_gradient, conv_weight_gradient
 from fastnets.kernels.conv_configs import table_configs
+from fastnets.kernels.conv_gradient_configs import choose_input_gradient, choose_weight_gradient, tiles_of
 from fastnets.kernels.conv_shape import Prologue
 from fastnets.kernels.device import DEVICES, assume_device, device_for_capability
 from fastnets.kernels.launch import Config, UnsupportedConfig, observe_launches
@@ -525,8 +526,8 @@ class TestChoice:
     def test_is_listed_and_careful(self, device, case):
         shape = shape_of(case)
         for size, precision in ((2, "ieee"), (4, "tf32"), (4, "ieee")):
-            forward = input_kernels.choose_config(shape, size, precision, device, True, False)
-            config, splits = weight_kernels.choose(shape, size, precision, device)
+            forward = choose_input_gradient(shape, size, precision, device, True, False)
+            config, splits = choose_weight_gradient(shape, size, precision, device)
             assert forward in input_kernels.configs(device)
             assert config in weight_kernels.configs(device)
             assert 1 <= splits <= max(1, shape.M // config.BLOCK_K)
@@ -536,8 +537,8 @@ class TestChoice:
     @pytest.mark.parametrize("case", shapes, ids=str)
     def test_workspace_is_small_or_fills_the_device(self, case):
         shape, device = shape_of(case), DEVICES["h100"]
-        config, splits = weight_kernels.choose(shape, 2, "ieee", device)
-        tiles, bundles = weight_kernels.tiles_of(shape, config)
+        config, splits = choose_weight_gradient(shape, 2, "ieee", device)
+        tiles, bundles = tiles_of(shape, config)
         workspace = 2 * 4 * splits * shape.K * shape.group_channels * shape.taps
         moved = 2 * shape.N * (shape.C * shape.H * shape.W + shape.K * shape.P * shape.Q)
         assert (
@@ -546,11 +547,11 @@ class TestChoice:
 
     def test_few_tiles_are_shared(self):
         shape = shape_of(Case(N=32, C=64, H=56, W=56, K=64, R=1, S=1))
-        assert weight_kernels.choose(shape, 2, "ieee", DEVICES["h100"])[1] > 16
+        assert choose_weight_gradient(shape, 2, "ieee", DEVICES["h100"])[1] > 16
 
     def test_many_tiles_are_not(self):
         shape = shape_of(Case(N=32, C=512, H=7, W=7, K=512, padding=(1, 1)))
-        assert weight_kernels.choose(shape, 2, "ieee", DEVICES["h100"])[1] == 1
+        assert choose_weight_gradient(shape, 2, "ieee", DEVICES["h100"])[1] == 1
 
 
 def launches_of(case, run_it):
