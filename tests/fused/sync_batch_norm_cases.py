@@ -31,11 +31,14 @@ def _norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
-def _gradients_of(model: nn.Module, x: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients_of(
+    model: nn.Module, x: Tensor, upstream: Tensor, autocast: bool = False
+) -> tuple[Tensor, Tensor]:
     """Answers and the input's gradient of one forward and backward; the weights' are left in ``.grad``."""
     x = x.clone().requires_grad_()
-    y = model(x)
-    y.backward(upstream)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x)
+    y.backward(upstream.to(y.dtype))
     return y.detach(), x.grad
 
 
@@ -45,6 +48,7 @@ def _assert_as_one_batch(
     dtype: torch.dtype = torch.float32,
     finish: Callable[[nn.Module], nn.Module] = fastnets.optimize,
     size: int = 9,
+    autocast: bool = False,
 ) -> None:
     """Two forwards and backwards over ranks that hold so many images each, and over all in one batch.
 
@@ -63,8 +67,9 @@ def _assert_as_one_batch(
         x = images(count, 3, size, size, seed=step)
         upstream = images(count, 4, size - 2, size - 2, seed=10 + step)
         expected = _gradients_of(exact, x.double(), upstream.double())
-        theirs = _gradients_of(stock, x.to(dtype), upstream.to(dtype))
-        mine = _gradients_of(ours, *(t.to(dtype).split(images_of_ranks)[rank] for t in (x, upstream)))
+        theirs = _gradients_of(stock, x.to(dtype), upstream.to(dtype), autocast)
+        here = (t.to(dtype).split(images_of_ranks)[rank] for t in (x, upstream))
+        mine = _gradients_of(ours, *here, autocast)
         assert mine[0].shape == theirs[0].split(images_of_ranks)[rank].shape
         compared += zip(expected, theirs, (_of_all_ranks(tensor) for tensor in mine))
     gradients = [flat({n: p.grad for n, p in model.named_parameters()}) for model in (exact, stock, ours)]
@@ -104,6 +109,36 @@ def by_the_reference():
     _assert_as_one_batch(
         [2] * dist.get_world_size(), finish=lambda model: fastnets.optimize(model, backend="reference")
     )
+
+
+def under_autocast():
+    _assert_as_one_batch([2] * dist.get_world_size(), autocast=True)
+
+
+def images_of_different_sizes():
+    """Each rank has its own resolution; to a 1×1 convolution all pixels are images of one pixel."""
+
+    def make():
+        torch.manual_seed(0)
+        return settled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())).train()
+
+    def of_rank(channels: int, rank: int) -> Tensor:
+        return images(2, channels, 3 + rank, 4, seed=10 * channels + rank)
+
+    def in_one_batch(channels: int, dtype: torch.dtype) -> Tensor:
+        everybody = [of_rank(channels, rank) for rank in range(dist.get_world_size())]
+        pixels = [x.movedim(1, -1).reshape(-1, channels, 1, 1) for x in everybody]
+        return torch.cat(pixels).to(dtype)
+
+    ours = fastnets.optimize(nn.SyncBatchNorm.convert_sync_batchnorm(make()))
+    y, dx = _gradients_of(ours, of_rank(3, dist.get_rank()), of_rank(8, dist.get_rank()))
+    mine = [_of_all_ranks(t.movedim(1, -1).reshape(-1, t.shape[1], 1, 1)) for t in (y, dx)]
+    exact, stock = (
+        _gradients_of(make().to(dtype), in_one_batch(3, dtype), in_one_batch(8, dtype))
+        for dtype in (torch.float64, torch.float32)
+    )
+    for e, s, m in zip(exact, stock, mine):
+        assert_close_to(e, s, m, ratio=3)
 
 
 def with_cumulative_statistics():
@@ -190,6 +225,8 @@ CASES = (
     a_batch_norm_without_images,
     in_float64,
     by_the_reference,
+    under_autocast,
+    images_of_different_sizes,
     with_cumulative_statistics,
     without_weights,
     half_frozen,
