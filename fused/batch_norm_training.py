@@ -250,31 +250,80 @@ sums_of = dispatch.register(
 
 
 def _input_gradient_body(
-    dy, x, mean, rstd, bn_weight, bn_bias, sums, count, activation, negative_slope, backend
+    dy, x, mean, rstd, bn_weight, bn_bias, sums, count, activation, negative_slope, affine, backend
 ):
+    """(dz, the sums as gradients of bn_bias and bn_weight where their dtype is asked for)."""
+    vectors = _affine_gradients(sums, affine, x)
     if backend == "triton" and x.numel():
         from fastnets.kernels.batch_norm_backward import bn_backward_input
 
-        return bn_backward_input(
+        dz = bn_backward_input(
             dy, x, mean, rstd, bn_weight, bn_bias, sums,
             x.numel() // x.shape[1] if count is None else count,
             activation=activation, negative_slope=negative_slope, batch_statistics=sums is not None,
+            affine=None if affine is None else vectors,
         )  # fmt: skip
+        return dz, vectors
     centred, u = _preactivation(x, mean, rstd, bn_weight, bn_bias, None)
     dv = activation_of(activation).backward(dy.to(_wide(x)), u, negative_slope)
     if sums is not None:
         share = sums / (x.numel() // x.shape[1] if count is None else count)
         dv = dv - _wide_per_channel(share[0], x) - centred * _wide_per_channel(share[1], x)
     scale = rstd if bn_weight is None else rstd * bn_weight.to(rstd.dtype)
-    return torch.empty_like(x).copy_(dv * _wide_per_channel(scale, x))
+    if affine is not None:
+        vectors.copy_(sums)
+    return torch.empty_like(x).copy_(dv * _wide_per_channel(scale, x)), vectors
+
+
+def _affine_gradients(sums: Tensor | None, dtype: torch.dtype | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if dtype is None else torch.empty_like(sums, dtype=dtype)
 
 
 input_gradient = dispatch.register(
     "bn_backward_input(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? bn_weight, Tensor? bn_bias, "
-    "Tensor? sums, Tensor? count, str activation, float negative_slope, str backend) -> Tensor",
+    "Tensor? sums, Tensor? count, str activation, float negative_slope, ScalarType? affine, str backend) "
+    "-> (Tensor, Tensor)",
     _input_gradient_body,
-    lambda dy, x, *rest: torch.empty_like(x),
+    lambda dy, x, *rest: (torch.empty_like(x), _affine_gradients(rest[4], rest[-2], x)),
 )
+
+
+def gradients_below(
+    dv: Tensor,
+    z: Tensor,
+    vectors: tuple,
+    sums: Tensor | None,
+    count: Tensor | None,
+    batch: bool,
+    group: str,
+    activation: str,
+    negative_slope: float,
+    backend: str,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (z, bn_weight, bn_bias), those that are wanted, from dv (or dy, with its activation).
+
+    vectors: (mean, rstd, bn_weight, bn_bias). sums: Σ dv and Σ dv · x̂ of this process; None where neither
+    the vectors' gradients are wanted nor the statistics are the batch's.
+    """
+    bn_weight, bn_bias = vectors[2:]
+    wants_z, wants_weight, wants_bias = wants
+    whole = sums
+    if group and sums is not None:
+        whole = sum_over_ranks(sums, group)
+    own = bn_weight if wants_weight else bn_bias if wants_bias else None
+    # One launch rounds them, where they are what it reads anyway.
+    rounds = own is not None and wants_z and batch and not group and own.dtype != sums.dtype
+    dz = None
+    if wants_z:
+        dz, rounded = input_gradient(
+            dv, z, *vectors, whole if batch else None, count, activation, negative_slope,
+            own.dtype if rounds else None, backend,
+        )  # fmt: skip
+        sums = rounded if rounds else sums
+    dweight = sums[1].to(bn_weight.dtype) if wants_weight else None
+    dbias = sums[0].to(bn_bias.dtype) if wants_bias else None
+    return dz, dweight, dbias
 
 
 # --- forward and backward together --------------------------------------------------------------------------
@@ -324,24 +373,11 @@ class _Training(torch.autograd.Function):
             )
             if keep:
                 dy, activation = dv, "none"
-        own = sums
-        if group and sums is not None:
-            sums = sum_over_ranks(sums, group)
-        dx = None
-        if wants_x:
-            dx = input_gradient(
-                dy, x, mean, rstd, bn_weight, bn_bias, sums if batch else None, count, activation, slope,
-                backend,
-            )  # fmt: skip
-        return (
-            dx,
-            dy if wants_residual else None,
-            None,
-            None,
-            own[1].to(bn_weight.dtype) if wants_weight else None,
-            own[0].to(bn_bias.dtype) if wants_bias else None,
-            *[None] * 6,
-        )
+        dx, dweight, dbias = gradients_below(
+            dy, x, (mean, rstd, bn_weight, bn_bias), sums, count, batch, group, activation, slope, backend,
+            (wants_x, wants_weight, wants_bias),
+        )  # fmt: skip
+        return dx, dy if wants_residual else None, None, None, dweight, dbias, *[None] * 6
 
 
 def _training_body(

@@ -304,7 +304,8 @@ def _before_activation(grad, y, x, weight, bias, mean, var, bn_weight, bn_bias, 
     vectors, passes = (norm.mean, norm.rstd, bn_weight, bn_bias), passes_on(backend)
     named = (options.activation, options.negative_slope)
     dv, (dbn_bias, dbn_weight) = sums_of(grad, z, *vectors, residual, None, *named, True, passes)
-    return normalization_gradient(dv, z, *vectors, None, None, "none", 0.0, passes), dv, dbn_weight, dbn_bias
+    dz, _ = normalization_gradient(dv, z, *vectors, None, None, "none", 0.0, None, passes)
+    return dz, dv, dbn_weight, dbn_bias
 
 
 class _ConvBNAct(torch.autograd.Function):

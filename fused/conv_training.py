@@ -29,7 +29,7 @@ from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.batch_norm import call_stock
 from fastnets.fused.batch_norm_training import Pending
 from fastnets.fused.ownership import has_private_gradient
-from fastnets.fused.synchronize import group_of, sum_over_ranks
+from fastnets.fused.synchronize import group_of
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def _input_gradient_body(
         normalized = None
         if z is not None:
             prologue = Prologue(mean, rstd, bn_weight, bn_bias, activation, negative_slope)
-            normalized = Normalized(z, prologue, mask)
+            normalized = Normalized(z, prologue) if mask is None else Normalized(z, prologue, mask)
         result = launch(
             dy, weight, tuple(input_shape), stride=tuple(stride), padding=tuple(padding),
             dilation=tuple(dilation), groups=groups, added=added, normalized=normalized,
@@ -312,16 +312,10 @@ class _Conv(torch.autograd.Function):
             if ctx.below is not None:
                 ctx.below.given = dx, sums
             elif pending:
-                _, _, bn_weight, bn_bias = vectors
-                dbn_weight = sums[1].to(bn_weight.dtype) if wants_bn_weight else None
-                dbn_bias = sums[0].to(bn_bias.dtype) if wants_bn_bias else None
-                if wants_x:
-                    if options.group:
-                        sums = sum_over_ranks(sums, options.group)
-                    sums = sums if options.batch else None
-                    dx = norms.input_gradient(
-                        dx, z, *vectors, sums, count, "none", 0.0, passes_on(options.backend)
-                    )
+                dx, dbn_weight, dbn_bias = norms.gradients_below(
+                    dx, z, tuple(vectors), sums, count, options.batch, options.group, "none", 0.0,
+                    passes_on(options.backend), (wants_x, wants_bn_weight, wants_bn_bias),
+                )  # fmt: skip
         dbias = dz.sum((0, 2, 3)) if wants_bias else None
         gradients = (dx if wants_x else None, dw, dbias, None, None, dbn_weight, dbn_bias)
         return None, None, *gradients, *[None] * (len(wants) - 7)
@@ -414,7 +408,7 @@ def train(
         norm = None if bn is None else norms.normalization(bn, z, passes)
     else:
         made = None
-        if sole and how != "library" and has_private_gradient(x):
+        if sole and how == "reference" and has_private_gradient(x):
             made = norms.how_it_was_made(x)
         padding = conv.padding
         if conv.padding_mode != "zeros" or padding.__class__ is str:
@@ -475,7 +469,7 @@ def convolve(
         source, weight, bias, *vectors, running_mean, running_var, *geometry, *act, momentum, eps,
         statistics, save, backend,
     )  # fmt: skip
-    forks = forks and x.__class__ is not Pending and not torch.compiler.is_compiling() and backend == "triton"
+    forks = forks and x.__class__ is not Pending and not torch.compiler.is_compiling()
     if torch.is_grad_enabled() and source.requires_grad and (forks or made is not None):
         z, first, second, _, *other = _Conv.apply(forks, made, *arguments)
         return z, first, second, other[0] if forks else x

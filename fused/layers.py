@@ -1,8 +1,8 @@
 """Drop-in modules: a stock convolution, batch norm and activation with one fused forward.
 
 Each takes its stock module's constructor arguments plus what it fuses, holds the stock modules as children
-(``conv``, ``bn``, ``act``) and has ``from_stock``, which shares existing ones. In training the stock modules
-run.
+(``conv``, ``bn``, ``act``) and has ``from_stock``, which shares existing ones. They train, too: by the ops of
+``conv_training`` and ``batch_norm_training`` on CUDA, by the stock modules on the CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BNAct(nn.Module):
     """Batch norm, optional residual addition and activation: ``BNAct(64, act=nn.ReLU())(x, residual)``.
 
     Takes ``nn.BatchNorm2d``'s arguments, and ``act``, a stock activation module or None. Parameters are
-    those of the two stock modules, ``bn`` and ``act``. In training mode the stock modules run.
+    those of the two stock modules, ``bn`` and ``act``.
     """
 
     def __init__(
@@ -163,8 +163,7 @@ class ConvBNAct(_ConvModule):
 
     Takes ``nn.Conv2d``'s arguments (``bias`` is off unless asked for), BN's as ``eps``, ``momentum``,
     ``affine`` and ``track_running_stats``, and ``act``, a stock activation module or None. x [N, C, H, W]
-    -> [N, K, P, Q], channels-last. Parameters are those of ``conv`` and ``bn``. In training mode the stock
-    modules run.
+    -> [N, K, P, Q], channels-last. Parameters are those of ``conv`` and ``bn``.
     """
 
     def __init__(

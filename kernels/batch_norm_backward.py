@@ -239,8 +239,8 @@ def launch_backward_sums(
     ]
 )  # fmt: skip
 def bn_backward_input_kernel(
-    dy, x, mean, rstd, weight, bn_bias, sums, count_of_device, dz, sizes, outer_per_sample, group_channels,
-    dz_strides, dy_strides, x_strides, count, negative_slope, ACTIVATION: tl.constexpr,
+    dy, x, mean, rstd, weight, bn_bias, sums, count_of_device, dz, affine, sizes, outer_per_sample,
+    group_channels, dz_strides, dy_strides, x_strides, count, negative_slope, ACTIVATION: tl.constexpr,
     PER_GROUP: tl.constexpr, DZ_LAYOUT: tl.constexpr, DY_LAYOUT: tl.constexpr, X_LAYOUT: tl.constexpr,
     OUTER_DIMS: tl.constexpr, INNER_UNIT: tl.constexpr, CHANNEL_UNIT: tl.constexpr,
     WIDE_OFFSETS: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -275,6 +275,12 @@ def bn_backward_input_kernel(
         average = tl.load(sums + channels, mask=valid_channels, other=0.0) / n
         slope = tl.load(sums + channel_total + channels, mask=valid_channels, other=0.0) / n * inverse
         result = (dv - average[None, :] - centred * slope[None, :]) * scale[None, :]
+        if affine is not None:  # the sums once more, as gradients of bn_bias and bn_weight
+            once = valid_channels & (pid // blocks == 0)
+            dbias = tl.load(sums + channels, mask=once, other=0.0)
+            dweight = tl.load(sums + channel_total + channels, mask=once, other=0.0)
+            tl.store(affine + channels, dbias.to(affine.dtype.element_ty), mask=once)
+            tl.store(affine + channel_total + channels, dweight.to(affine.dtype.element_ty), mask=once)
     else:
         result = dv * scale[None, :]
     at = step_offsets(outer, inner, channels, sizes, dz_strides, DZ_LAYOUT, OUTER_DIMS)
@@ -294,6 +300,7 @@ def bn_backward_input(
     activation: str = "none",
     negative_slope: float = 0.01,
     batch_statistics: bool = True,
+    affine: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """The gradient of batch norm's input, in one pass over dy and x: see the top of this file.
@@ -302,6 +309,9 @@ def bn_backward_input(
     dv is recomputed from dy and x. sums: [2, C] fp32, count: elements per channel that they are of (a number
     or a tensor of one element on x's device); both are ignored with batch_statistics=False, where mean and
     rstd are constants: dz = bn_weight * rstd * dv. dz is dense, in x's dtype and memory format.
+
+    affine: [2, C] of any float dtype, into which the same launch writes the sums rounded: the gradients of
+    bn_bias and bn_weight. Needs batch_statistics.
     """
     name = "bn_backward_input"
     check_activation(activation)
@@ -319,13 +329,17 @@ def bn_backward_input(
                 f"{name}: sums is {tuple(sums.shape)} {sums.dtype}, expected (2, {x.shape[1]}) float32"
             )
         sums = sums.contiguous()
+        if affine is not None and (affine.shape != sums.shape or not affine.is_contiguous()):
+            raise ValueError(
+                f"{name}: affine is {tuple(affine.shape)}, expected contiguous {tuple(sums.shape)}"
+            )
         if isinstance(count, torch.Tensor):
             if count.numel() != 1:
                 raise ValueError(f"{name}: count has shape {tuple(count.shape)}, expected one element")
             on_device, count = count, 1.0
     vectors = (mean, rstd, bn_weight, bn_bias)
     return launch_backward_input(
-        dy, x, vectors, sums, on_device, float(count), activation, negative_slope, config
+        dy, x, vectors, sums, on_device, float(count), activation, negative_slope, config, affine=affine
     )
 
 
@@ -340,6 +354,7 @@ def launch_backward_input(
     negative_slope: float,
     config: Config | None,
     groups: int | None = None,
+    affine: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dz of checked operands; vectors: (mean, rstd, bn_weight, bn_bias).
 
@@ -366,6 +381,7 @@ def launch_backward_input(
         sums,
         count_of_device,
         dz,
+        affine,
         of.sizes,
         of.outer_per_sample,
         x.shape[1] // (groups or 1),
@@ -374,7 +390,7 @@ def launch_backward_input(
         negative_slope,
         config=config,
         reads=(dy, x, sums, *vectors),
-        writes=(dz,),
+        writes=(dz,) if affine is None else (dz, affine),
         flops=5 * x.numel(),
         ACTIVATION=activation,
         PER_GROUP=groups is not None,
