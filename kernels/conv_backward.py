@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastnets.kernels.activation import check_activation
+from fastnets.kernels.activation import BINARY_DERIVATIVE, check_activation
+from fastnets.kernels.bitmask import bytes_of
 from fastnets.kernels.conv_configs import kernel_of
 from fastnets.kernels.conv_input_gradient import InputGradientCall, Normalized, input_gradient
 from fastnets.kernels.conv_shape import ConvShape, Prologue, convolution_shape, product_precision
@@ -45,9 +46,9 @@ def conv_input_gradient(
     channels-last ones load fastest. added [N, C, H, W], of any float dtype and strides, is added before the
     one rounding, to dtype (default: dy's).
 
-    normalized: the input was act(bn(z)); then the gradient goes on through the activation, and the result is
-    (dv, sums): dv = (dx + added) · act'(bn(z)) in place of dx, and sums [2, C] fp32 = Σ dv and
-    Σ dv · (z - mean) · rstd over N, H and W, of dv as rounded.
+    normalized: the input was act(bn(z)), or act(bn(z) + a residual), whose act' is read from a mask; then the
+    gradient goes on through the activation, and the result is (dv, sums): dv = (dx + added) · act' in dx's
+    place, and sums [2, C] fp32 = Σ dv and Σ dv · (z - mean) · rstd over N, H and W, of dv as rounded.
 
     config: one of ``conv_input_gradient.configs``, or None to have it chosen. Raises ``ValueError`` or
     ``TypeError`` for arguments that are no convolution's, ``UnsupportedConfig`` for a config that misfits.
@@ -56,7 +57,9 @@ def conv_input_gradient(
     _check_like_input("added", added, shape, dy)
     if normalized is not None:
         _check_like_input("z", normalized.z, shape, dy)
-        normalized = Normalized(normalized.z, _checked_prologue(normalized.prologue, shape))
+        prologue = _checked_prologue(normalized.prologue, shape)
+        _check_mask(normalized.mask, normalized.z, prologue)
+        normalized = normalized._replace(prologue=prologue)
     dtype = _checked_dtype(dtype, dy)
     if kernel_of(shape) == "depthwise":
         from fastnets.kernels.depthwise_backward import depthwise_input_gradient
@@ -147,6 +150,23 @@ def _check_like_input(name: str, tensor: torch.Tensor | None, shape: ConvShape, 
         )
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}; supported: float32, float16, bfloat16")
+
+
+def _check_mask(mask: torch.Tensor | None, z: torch.Tensor, prologue: Prologue) -> None:
+    if mask is None:
+        return
+    if prologue.activation not in BINARY_DERIVATIVE:
+        raise ValueError(
+            f"mask says where a derivative is 1 and where 0, which that of {prologue.activation!r} is not "
+            f"everywhere (those are: {', '.join(BINARY_DERIVATIVE)})"
+        )
+    if mask.dtype != torch.uint8 or mask.shape != (bytes_of(z),) or not mask.is_contiguous():
+        raise ValueError(
+            f"mask is {mask.dtype} {list(mask.shape)}, expected contiguous uint8 of {[bytes_of(z)]}: one bit "
+            "for each element of z"
+        )
+    if not (z.is_contiguous() or z.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"z with a mask must be dense, it has strides {z.stride()}; copy it")
 
 
 def _checked_prologue(prologue: Prologue, shape: ConvShape) -> Prologue:

@@ -6,8 +6,9 @@ The epilogue, on the fp32 accumulator, with every term but the first optional:
     dv = g · act'(u),  u = (z - mean) · rstd · bn_weight + bn_bias
     sums = Σ dv, Σ dv · (z - mean) · rstd                  per channel, of the rounded dv
 
-The last two are the first half of the backward pass of the batch norm and activation that made the
-convolution's input from z: they cost no pass of their own. Each tile adds its rows, ``partial_sums`` adds the
+where a residual joined z, u is not known here, and act'(u) is read as one bit per element (``mask``). The
+last two are the first half of the backward pass of the batch norm and activation that made the convolution's
+input from z: they cost no pass of their own. Each tile adds its rows, ``partial_sums`` adds the
 tiles.
 """
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fastnets.kernels.activation import activation_backward
+from fastnets.kernels.bitmask import load_bits
 from fastnets.kernels.conv_tile import aligned
 
 __all__ = ["class_taps", "finish_gradient", "store_gradient"]
@@ -43,8 +45,8 @@ def class_taps(
 @triton.jit
 def finish_gradient(
     acc, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized, negative_slope, sums,
-    VECTOR: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, ACTIVATION: tl.constexpr,
-    INDEX: tl.constexpr, COLUMNS: tl.constexpr,
+    mask, VECTOR: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, BYTES: tl.constexpr,
+    ACTIVATION: tl.constexpr, INDEX: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of acc [BLOCK_M, BLOCK_N], stored to the rows ``pixel`` of dx, a row-major [N·H·W, pitch].
 
@@ -59,31 +61,32 @@ def finish_gradient(
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         finish_gradient(
             left, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized,
-            negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, COLUMNS,
+            negative_slope, sums, mask, VECTOR, DENSE_ADDED, DENSE_Z, BYTES, ACTIVATION, INDEX, COLUMNS,
         )  # fmt: skip
         finish_gradient(
             right, pixel, inside_m, first_c + BLOCK_N // 2, C, channel, tile, dx, pitch, H, W, added,
-            normalized, negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, COLUMNS,
+            normalized, negative_slope, sums, mask, VECTOR, DENSE_ADDED, DENSE_Z, BYTES, ACTIVATION, INDEX,
+            COLUMNS,
         )  # fmt: skip
     else:
         _finish_columns(
             acc, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized,
-            negative_slope, sums, VECTOR, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX,
+            negative_slope, sums, mask, VECTOR, DENSE_ADDED, DENSE_Z, BYTES, ACTIVATION, INDEX,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish_columns(
     acc, pixel, inside_m, first_c, C, channel, tile, dx, pitch, H, W, added, normalized, negative_slope, sums,
-    VECTOR: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, ACTIVATION: tl.constexpr,
-    INDEX: tl.constexpr,
+    mask, VECTOR: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, BYTES: tl.constexpr,
+    ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     c = first_c + tl.arange(0, acc.shape[1])
     inside_c = c < C
     c = (channel + c).to(INDEX)
     sum_dv, sum_dv_x = store_gradient(
         acc, pixel, inside_m, c, inside_c, dx, pitch, H, W, added, normalized, negative_slope,
-        DENSE_ADDED, DENSE_Z, ACTIVATION,
+        DENSE_ADDED, DENSE_Z, ACTIVATION, mask, BYTES,
     )  # fmt: skip
     if sums is not None:
         to = sums + tile.to(INDEX) * 2 * pitch + c
@@ -95,10 +98,13 @@ def _finish_columns(
 def store_gradient(
     acc, pixel, inside_m, c, inside_c, dx, pitch, H, W, added, normalized, negative_slope,
     DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr, ACTIVATION: tl.constexpr,
+    mask=None, BYTES: tl.constexpr = False,
 ):  # fmt: skip
     """The epilogue of acc, gradients of the pixels where inside_m and the channels c where inside_c.
 
-    Arguments as ``finish_gradient``'s. Returns, per channel, Σ dv and Σ dv · x̂ (zeros without z).
+    Arguments as ``finish_gradient``'s. mask: one bit per element of z in its memory order, where act'(u) is
+    1, or None. BYTES: z lies as dx does, and no byte has bits of two pixels or groups. Returns, per channel,
+    Σ dv and Σ dv · x̂ (zeros without z).
     """
     inside = inside_m[:, None] & inside_c[None, :]
     offsets = (pixel * pitch)[:, None] + c[None, :]
@@ -122,7 +128,13 @@ def store_gradient(
         centred = tl.load(z + lies_at, mask=inside, other=0.0).to(tl.float32)
         centred -= tl.load(mean + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
         rstd_c = tl.load(rstd + c, mask=inside_c, other=0.0).to(tl.float32)
-        if ACTIVATION != "none":
+        if mask is not None:
+            if BYTES:
+                passing = _bits_of_rows(mask, pixel * pitch, inside_m, c, inside_c)
+            else:
+                passing = load_bits(mask, lies_at, inside)
+            acc = tl.where(passing, acc, 0.0)
+        elif ACTIVATION != "none":
             scale = rstd_c
             if bn_weight is not None:
                 scale *= tl.load(bn_weight + c, mask=inside_c, other=0.0).to(tl.float32)
@@ -138,15 +150,29 @@ def store_gradient(
     return sum_dv, sum_dv_x
 
 
+@triton.jit
+def _bits_of_rows(mask, rows, inside_m, c, inside_c):
+    """The bits of elements rows + c, a byte of eight neighbouring channels at a time."""
+    BLOCK_M: tl.constexpr = rows.shape[0]
+    BYTES: tl.constexpr = c.shape[0] // 8
+    first = tl.min(tl.reshape(c, (BYTES, 8)), axis=1) // 8
+    inside = tl.max(tl.reshape(inside_c.to(tl.int32), (BYTES, 8)), axis=1) > 0
+    at = (rows // 8)[:, None] + first[None, :]
+    byte = tl.load(mask + at, mask=inside_m[:, None] & inside[None, :], other=0).to(tl.int32)
+    bits = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_M, BYTES * 8)) > 0
+
+
 _SIZES = ("M", "H", "W", "pitch", "added_n", "added_h", "added_w", "z_n", "z_h", "z_w")
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def finish_gradient_kernel(
-    partial, dx, added, z, mean, rstd, bn_weight, bn_bias, sums, M, H, W, pitch,
+    partial, dx, added, z, mean, rstd, bn_weight, bn_bias, mask, sums, M, H, W, pitch,
     added_n, added_c, added_h, added_w, z_n, z_c, z_h, z_w, negative_slope,
     SPLIT_K: tl.constexpr, VECTOR_DX: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr,
-    WIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx [M, pitch] = epilogue(Σ partial [SPLIT_K, M, pitch]): grid (row tiles, column tiles)."""
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -163,6 +189,6 @@ def finish_gradient_kernel(
     finish_gradient(
         acc, m, m < M, first_c, pitch, 0, tile, dx, pitch, H, W,
         (added, added_n, added_c, added_h, added_w),
-        (z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias), negative_slope, sums,
-        VECTOR_DX, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, BLOCK_N,
+        (z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias), negative_slope, sums, mask,
+        VECTOR_DX, DENSE_ADDED, DENSE_Z, BYTES, ACTIVATION, INDEX, BLOCK_N,
     )  # fmt: skip

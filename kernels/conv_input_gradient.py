@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastnets.kernels.bitmask import bytes_of
 from fastnets.kernels.conv_configs import groups_per_tile, kernel_configs, reduce_config
 from fastnets.kernels.conv_gradient_configs import (
     choose_input_gradient,
@@ -58,7 +59,7 @@ _SIZES = (
 
 @triton.jit(do_not_specialize=_SIZES)
 def conv_input_gradient_kernel(
-    dy, weight, dx, added, z, mean, rstd, bn_weight, bn_bias, sums,
+    dy, weight, dx, added, z, mean, rstd, bn_weight, bn_bias, mask, sums,
     N, C, H, W, K, P, Q, pitch, filters,
     dy_n, dy_k, dy_p, dy_q, weight_k, weight_c, weight_r, weight_s,
     added_n, added_c, added_h, added_w, z_n, z_c, z_h, z_w, negative_slope,
@@ -67,7 +68,7 @@ def conv_input_gradient_kernel(
     STEP_R: tl.constexpr, STEP_S: tl.constexpr, GROUP_C: tl.constexpr, GROUP_K: tl.constexpr,
     PACK: tl.constexpr, VECTOR_DY: tl.constexpr, VECTOR_WEIGHT: tl.constexpr, VECTOR_DX: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -218,23 +219,28 @@ def conv_input_gradient_kernel(
         dx += tl.program_id(2).to(INDEX) * N * H * W * pitch
         finish_gradient(
             acc, pixel, inside_m, tile_n * BLOCK_N, channels_left, bundle * C, tile_m, dx, pitch, H, W,
-            (None, 0, 0, 0, 0), (None, 0, 0, 0, 0, None, None, None, None), 0.0, None,
-            VECTOR_DX, True, True, "none", INDEX, BLOCK_N,
+            (None, 0, 0, 0, 0), (None, 0, 0, 0, 0, None, None, None, None), 0.0, None, None,
+            VECTOR_DX, True, True, False, "none", INDEX, BLOCK_N,
         )  # fmt: skip
     else:
         finish_gradient(
             acc, pixel, inside_m, tile_n * BLOCK_N, channels_left, bundle * C, tile_m * CLASSES + place, dx,
             pitch, H, W, (added, added_n, added_c, added_h, added_w),
-            (z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias), negative_slope, sums,
-            VECTOR_DX, DENSE_ADDED, DENSE_Z, ACTIVATION, INDEX, COLUMNS,
+            (z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias), negative_slope, sums, mask,
+            VECTOR_DX, DENSE_ADDED, DENSE_Z, BYTES, ACTIVATION, INDEX, COLUMNS,
         )  # fmt: skip
 
 
 class Normalized(NamedTuple):
-    """The convolution's input came from z [N, C, H, W], as act((z - mean) · rstd · bn_weight + bn_bias)."""
+    """The convolution's input came from z [N, C, H, W], as act((z - mean) · rstd · bn_weight + bn_bias).
+
+    mask: where a residual was added before the activation, one bit per element of z in its memory order (bit
+    i % 8 of byte i // 8 is element i's) says where act' is 1, and where 0; see ``bitmask``.
+    """
 
     z: torch.Tensor
     prologue: Prologue
+    mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -345,6 +351,7 @@ def _plan(
         "EVEN_K": K % config.BLOCK_K == 0 and shape.K % K == 0,
         "DENSE_ADDED": lies.dense_added,
         "DENSE_Z": lies.dense_z,
+        "BYTES": lies.dense_z and shape.group_channels % 8 == 0,
         "WIDE": wide,
     }
     return config, arguments, flags
@@ -355,7 +362,7 @@ def input_gradient(call: InputGradientCall) -> tuple[torch.Tensor, torch.Tensor 
     shape, device = call.shape, call.dy.device
     size = (shape.N, shape.C, shape.H, shape.W)
     dx = torch.empty(size, dtype=call.dtype, device=device, memory_format=torch.channels_last)
-    z, prologue = call.normalized or (None, None)
+    z, prologue, mask = call.normalized or (None, None, None)
     sums = None if z is None else torch.empty((2, shape.C), dtype=torch.float32, device=device)
     if dx.numel() == 0:
         return dx, None if sums is None else sums.zero_()
@@ -376,7 +383,7 @@ def input_gradient(call: InputGradientCall) -> tuple[torch.Tensor, torch.Tensor 
         partial_sums = torch.empty((tiles, 2, shape.C), dtype=torch.float32, device=device)
     vectors = (None,) * 4 if prologue is None else prologue.tensors
     activation, slope = ("none", 0.0) if prologue is None else (prologue.activation, prologue.negative_slope)
-    epilogue = (call.added, z, *vectors)
+    epilogue = (call.added, z, *vectors, mask)
     out = dx
     if SPLIT_K > 1:
         out = torch.empty((SPLIT_K, pixels, shape.C), dtype=torch.float32, device=device)
@@ -397,7 +404,7 @@ def input_gradient(call: InputGradientCall) -> tuple[torch.Tensor, torch.Tensor 
             config=finishing, reads=(out, *epilogue),
             writes=(dx,) if partial_sums is None else (dx, partial_sums),
             SPLIT_K=SPLIT_K, ACTIVATION=activation,
-            **{name: flags[name] for name in ("VECTOR_DX", "DENSE_ADDED", "DENSE_Z", "WIDE")},
+            **{name: flags[name] for name in ("VECTOR_DX", "DENSE_ADDED", "DENSE_Z", "BYTES", "WIDE")},
         )  # fmt: skip
     if sums is not None:
         sum_rows(partial_sums, sums)
@@ -414,7 +421,7 @@ def representative_calls() -> list[RepresentativeCall]:
 
     def call(
         name, x, filters, *, stride=1, padding=0, dilation=1, groups=1, added=False, activation=None,
-        dtype=torch.float16, precision="ieee", memory_format=torch.channels_last,
+        mask=False, dtype=torch.float16, precision="ieee", memory_format=torch.channels_last,
     ):  # fmt: skip
         def thunk(config: Config | None = None):
             def tensor(*size):
@@ -426,7 +433,9 @@ def representative_calls() -> list[RepresentativeCall]:
             normalized = None
             if activation is not None:
                 vectors = (torch.empty(shape.C, device="meta") for _ in range(4))
-                normalized = Normalized(tensor(*x), Prologue(*vectors, activation))
+                z = tensor(*x)
+                bits = torch.empty(bytes_of(z), dtype=torch.uint8, device="meta") if mask else None
+                normalized = Normalized(z, Prologue(*vectors, activation), bits)
             dy, weight = tensor(shape.N, K, shape.P, shape.Q), tensor(K, shape.group_channels, R, S)
             other = tensor(*x) if added else None
             operands = (dy, weight, other, normalized and normalized.z)
@@ -455,6 +464,9 @@ def representative_calls() -> list[RepresentativeCall]:
         call("3x3, stride 2", **layer, stride=2, activation="relu"),
         call("3x3, stride 2, odd C and K", x=(8, 40, 28, 28), filters=(72, 3, 3), padding=1, stride=2),
         call("1x1, added", x=(8, 256, 28, 28), filters=(64, 1, 1), added=True),
+        call("1x1, added, masked relu", x=(8, 256, 28, 28), filters=(64, 1, 1), added=True,
+             activation="relu", mask=True),
+        call("3x3, odd C, masked relu", x=(8, 37, 28, 28), filters=(64, 3, 3), activation="relu", mask=True),
         call("1x1, relu", x=(8, 64, 28, 28), filters=(256, 1, 1), activation="relu"),
         call("1x1, stride 2, added", x=(8, 64, 28, 28), filters=(128, 1, 1), stride=2, added=True),
         call("7x7 over many channels", x=(8, 64, 28, 28), filters=(64, 7, 7), padding=3),

@@ -52,14 +52,14 @@ _SIZES = (
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("dy_k", "weight_k", "added_c", "z_c"))
 def depthwise_input_gradient_kernel(
-    dy, weight, dx, added, z, mean, rstd, bn_weight, bn_bias, sums,
+    dy, weight, dx, added, z, mean, rstd, bn_weight, bn_bias, mask, sums,
     N, C, H, W, P, Q, dy_n, dy_k, dy_p, dy_q, weight_k, weight_r, weight_s,
     added_n, added_c, added_h, added_w, z_n, z_c, z_h, z_w, negative_slope,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     STEP_R: tl.constexpr, STEP_S: tl.constexpr, MULTIPLIER: tl.constexpr, VECTOR: tl.constexpr,
     VECTOR_DY: tl.constexpr, VECTOR_WEIGHT: tl.constexpr, DENSE_ADDED: tl.constexpr, DENSE_Z: tl.constexpr,
-    WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BYTES: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M columns of BLOCK_P pixels of one class: grid (classes · channel tiles · tiles of columns,).
@@ -140,7 +140,7 @@ def depthwise_input_gradient_kernel(
             acc[p], pixel, inside_w & (h < H), c, inside_c, dx, C, H, W,
             (added, added_n, added_c, added_h, added_w),
             (z, z_n, z_c, z_h, z_w, mean, rstd, bn_weight, bn_bias), negative_slope,
-            DENSE_ADDED, DENSE_Z, ACTIVATION,
+            DENSE_ADDED, DENSE_Z, ACTIVATION, mask, BYTES,
         )  # fmt: skip
         sum_dv += of_row
         sum_dv_x += of_row_x
@@ -172,7 +172,7 @@ def depthwise_input_gradient(
     shape = depthwise_shape(input_shape, weight.shape, stride, padding, dilation, groups)
     dtype = dy.dtype if dtype is None else dtype
     dx = torch.empty(tuple(input_shape), dtype=dtype, device=dy.device, memory_format=torch.channels_last)
-    z, prologue = normalized or (None, None)
+    z, prologue, mask = normalized or (None, None, None)
     sums = None if z is None else torch.empty((2, shape.C), dtype=torch.float32, device=dy.device)
     if dx.numel() == 0:
         return dx if sums is None else (dx, sums.zero_())
@@ -186,8 +186,9 @@ def depthwise_input_gradient(
     activation, slope = ("none", 0.0) if prologue is None else (prologue.activation, prologue.negative_slope)
     launch(
         depthwise_input_gradient_kernel, plan.grid,
-        dy, weight, dx, added, z, *vectors, partial, *plan.sizes_and_strides, slope,
-        config=plan.config, reads=(dy, weight, added, z, *vectors), writes=(dx, partial), flops=shape.flops,
+        dy, weight, dx, added, z, *vectors, mask, partial, *plan.sizes_and_strides, slope,
+        config=plan.config, reads=(dy, weight, added, z, *vectors, mask), writes=(dx, partial),
+        flops=shape.flops,
         ACTIVATION=activation, **plan.constexprs,
     )  # fmt: skip
     return dx if sums is None else (dx, sum_rows(partial, sums))
@@ -206,6 +207,9 @@ def _plan_input_gradient(shape, strides, element_size, config, multiprocessors) 
     rows, columns = tiles(shape.H, shape.stride[0]), tiles(shape.W, shape.stride[1])
     if config is None:
         config = pick_config(shape.N, shape.C, rows, classes * columns, True, multiprocessors)
+    if config.maxnreg is None:
+        # Left to itself, ptxas spills here and there to fit one more block.
+        config = config.replace(maxnreg=255)
     column_tiles = tiles(shape.N * tiles(rows, config.BLOCK_P) * columns, config.BLOCK_M)
     weight_k, _, weight_r, weight_s = weight
     constexprs = {
@@ -218,6 +222,7 @@ def _plan_input_gradient(shape, strides, element_size, config, multiprocessors) 
         "VECTOR_WEIGHT": vector_width(element_size, weight_r, weight_s) if weight_k == 1 else 1,
         "DENSE_ADDED": added == dense,
         "DENSE_Z": z == dense,
+        "BYTES": z == dense and shape.C % 8 == 0,
         "WIDE": wide_offsets(*extents),
     }
     return Plan(
