@@ -146,11 +146,11 @@ def _finalize_body(mean, m2, count, running_mean, running_var, momentum, eps, ba
 
         statistics = kernels.Statistics(mean, m2, count)
         return kernels.finalize_statistics(statistics, running_mean, running_var, momentum=momentum, eps=eps)
-    total = count.sum()
-    whole = (mean * count[:, None]).sum(0) / total
-    var = (m2 + (mean - whole).square() * count[:, None]).sum(0) / total
+    total, parts, weights = count.sum(), mean.double(), count.double()[:, None]
+    whole = (parts * weights).sum(0) / total
+    var = (m2 + (parts - whole).square() * weights).sum(0) / total
     _update_running(whole, var, total, running_mean, running_var, momentum)
-    return whole, torch.rsqrt(var + eps)
+    return whole.to(mean.dtype), torch.rsqrt(var + eps).to(mean.dtype)
 
 
 _finalize = dispatch.register(

@@ -156,7 +156,7 @@ def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str
     device = dispatch.device_type_of(x)
     if device == "cpu":
         why_not = onednn.unsupported(x.dtype)
-        if why_not is None:
+        if why_not is None and not (wanted == "auto" and backend == dispatch.UNFOLDED):
             return "onednn"
     elif device == "cuda":
         why_not = None if x.dtype in _OURS else f"it does not take {x.dtype}"
@@ -187,8 +187,8 @@ def _body(
     added = residual is not None and (residual.shape[1:], residual.dtype, len(residual) == len(x))
     key = (
         batch, x.shape[1:], x.dtype, x.device, added, *stride, *padding, *dilation, groups,
-        eps, activation, negative_slope, dispatch.requested(backend), torch._C._get_mkldnn_enabled(),
-        x.is_meta and dispatch.device_type_of(x),
+        eps, activation, negative_slope, backend, dispatch.requested(backend),
+        torch._C._get_mkldnn_enabled(), x.is_meta and dispatch.device_type_of(x),
     )  # fmt: skip
     prepared = packing.lookup(weight, key, (bias, mean, var, bn_weight, bn_bias))
     if prepared is not None and prepared.run is not None:
@@ -497,6 +497,8 @@ def _learns_as_stock(x: Tensor, activation: str, backend: str) -> bool:
 
 def _call(conv, bn, act, x, residual, activation, negative_slope, backend, residual_dies):
     weight, bias, *bn_vectors = weights = _weights_of(conv, bn)
+    if bn is not None and bn_vectors[0] is None:  # batch statistics in evaluation, too
+        return _call_in_training(conv, bn, act, x, residual, activation, negative_slope, backend)
     grad = torch.is_grad_enabled()
     alone = bn is None and residual is None and activation == "none"
     if (grad and (alone or _too_small_to_fold(x, weight, backend))) or _must_run_stock(

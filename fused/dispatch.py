@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("auto", "triton", "library", "reference")
+UNFOLDED = "unfolded"  # "auto" without what folds or packs weights: ``optimize(mode="training")``
 
 library = torch.library.Library("fastnets", "FRAGMENT")
 
@@ -85,7 +86,7 @@ def requested(backend_argument: str) -> str:
     forced = _forced.get()
     if forced != "auto":
         return forced
-    return backend_argument if backend_argument != "auto" else _environment
+    return backend_argument if backend_argument not in ("auto", UNFOLDED) else _environment
 
 
 def register(

@@ -83,7 +83,7 @@ def optimize(
     """
     _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs, save)
     if mode == "training" and backend == "auto":
-        backend = "reference"
+        backend = dispatch.UNFOLDED
     with torch.inference_mode(False):
         undo = None
         if inplace:

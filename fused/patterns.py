@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastnets.fused import dispatch
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.activation import recognise, recognise_call
 from fastnets.fused.batch_norm import call_bn_add_act
@@ -119,8 +120,8 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """A 2-D batch norm with the stock forward and running statistics."""
-    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) and module.running_mean is not None
+    """A 2-D batch norm with the stock forward."""
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[str] = frozenset()) -> tuple:
@@ -327,12 +328,13 @@ class _Rewriter:
 
     def replace_pools(self) -> None:
         """Pooling by the op that keeps one byte for each window, or nothing, where stock keeps eight."""
+        backend = "auto" if self.backend == dispatch.UNFOLDED else self.backend  # pools fold nothing
         for node in list(self.graph.nodes):
             if not self.calls(node, lambda module: type(module) in POOLS):
                 continue
             with self.graph.inserting_before(node):
                 pool = self.graph.get_attr(node.target)
-                call = self.graph.call_function(call_pool2d, (pool, node.args[0], self.backend))
+                call = self.graph.call_function(call_pool2d, (pool, node.args[0], backend))
             node.replace_all_uses_with(call)
             self.graph.erase_node(node)
 
