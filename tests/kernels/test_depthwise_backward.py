@@ -319,7 +319,7 @@ def test_one_launch_with_wide_accesses_for_all_classes_of_pixels():
     assert launch.bytes == 2 * 96 * (32 * 56 * 56 + 2 * 32 * 112 * 112 + 9)
     assert launch.constexprs["VECTOR_DY"] == 8
     assert launch.constexprs["DENSE_ADDED"]
-    assert launch.config in depthwise_backward.configs(DEVICES["a100"])
+    assert launch.config.replace(maxnreg=None) in depthwise_backward.configs(DEVICES["a100"])
 
 
 @pytest.mark.parametrize("C, size", [(32, 112), (144, 56), (960, 7), (64, 3)])
