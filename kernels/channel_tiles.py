@@ -125,7 +125,7 @@ def share_of_program(steps, steps_per_split, blocks):
     return block, split * samples + sample, begin, end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelTiles:
     """The tiles of one call; kept, as finding them costs more than launching.
 
@@ -262,9 +262,14 @@ def pass_config(of: ChannelTiles, x: torch.Tensor, config: Config | None = None)
     """The config of a kernel that visits each element once, one step a program; or the one given."""
     if config is not None:
         return _one_of(pass_configs(), config)
+    return _pass_config(of, current_device(x).multiprocessors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pass_config(of: ChannelTiles, multiprocessors: int) -> Config:
     config = _config(_pick(of, _PASS_BLOCKS))
     # Smaller tiles where large ones would leave multiprocessors with less than four.
-    if of.steps(config) * of.channel_tiles(config) < 4 * current_device(x).multiprocessors:
+    if of.steps(config) * of.channel_tiles(config) < 4 * multiprocessors:
         return _config(_pick(of, _SMALL_PASS_BLOCKS))
     return config
 
@@ -278,12 +283,17 @@ def reduction_config(
     but with four steps each, so that partial results stay small beside what is read; with fewer where
     multiprocessors would have nothing to do at all.
     """
-    if config is None:
-        config = _config(_pick(of, _REDUCTION_BLOCKS))
-    else:
+    if config is not None:
         config = _one_of(reduction_configs(), config)
+    return _reduction_config(of, config, most, current_device(x).multiprocessors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduction_config(
+    of: ChannelTiles, config: Config | None, most: int, multiprocessors: int
+) -> tuple[Config, int, int]:
+    config = config or _config(_pick(of, _REDUCTION_BLOCKS))
     steps, columns = of.steps(config) // of.samples, of.channel_tiles(config) * of.samples
-    multiprocessors = current_device(x).multiprocessors
     least = min(steps, tiles(multiprocessors, columns))
     splits = max(min(tiles(8 * multiprocessors, columns), steps // 4), least, 1)
     each = tiles(steps, min(splits, most))
@@ -348,8 +358,9 @@ def check_gradient(function: str, dy: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def check_vectors(function: str, x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
+    expected = x.shape[1:2]
     for name, vector in vectors.items():
-        if vector is not None and vector.shape != x.shape[1:2]:
+        if vector is not None and vector.shape != expected:
             raise ValueError(
-                f"{function}: {name} has shape {tuple(vector.shape)}, expected {tuple(x.shape[1:2])}, as x"
+                f"{function}: {name} has shape {tuple(vector.shape)}, expected {tuple(expected)}, as x"
             )
