@@ -147,16 +147,32 @@ class Counter(TorchDispatchMode):
         body = dispatch.body_of(func)
         if body is not None:
             return self.run_fused(body, func, args, kwargs)
-        self.remember_node()
-        # Ops that are compositions of others come here whole in inference mode.
-        if _is_composition(func):
-            with self:
-                return func.decompose(*args, **kwargs)
-        result = _call(func, args, kwargs)
-        cost = cost_of(func, args, kwargs, result)
-        if cost.launches:
-            self.record(_name(func), cost, _flops(func, args, kwargs, result))
+        with self.owned(self.owner or self.owner_below(args)):
+            self.remember_node()
+            # Ops that are compositions of others come here whole in inference mode.
+            if _is_composition(func):
+                with self:
+                    return func.decompose(*args, **kwargs)
+            result = _call(func, args, kwargs)
+            cost = cost_of(func, args, kwargs, result)
+            if cost.launches:
+                self.record(_name(func), cost, _flops(func, args, kwargs, result))
         return result
+
+    @contextlib.contextmanager
+    def owned(self, layer: str | None) -> Iterator[None]:
+        """What runs inside the block belongs to ``layer``; None: to the module that runs it."""
+        outer, self.owner = self.owner, layer
+        try:
+            yield
+        finally:
+            self.owner = outer
+
+    def owner_below(self, args: tuple) -> str | None:
+        """The layer whose parameter a container's forward uses without calling the layer."""
+        running = self.running[-1] if self.running else ""
+        owner = None if torch._C._current_autograd_node() is not None else self.owner_of(args)
+        return owner if owner is not None and owner.startswith(f"{running}." if running else "") else None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -181,20 +197,18 @@ class Counter(TorchDispatchMode):
             self.paused = False
 
     def run_fused(self, body: Callable, func, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        outer = self.owner
-        if outer is None:
-            self.owner = self.owner_of(args) or self.layer()
-            # An autograd.Function calls the op with gradients off, and its own node made before.
-            self.remember_node(any(t.requires_grad for t in tensors_in(args)))
-        try:
+        layer = self.owner or self.owner_of(args) or self.layer()
+        outermost = self.owner is None
+        with self.owned(layer):
+            if outermost:
+                # An autograd.Function calls the op with gradients off, and its own node made before.
+                self.remember_node(any(t.requires_grad for t in tensors_in(args)))
             positional = [
                 *args,
                 *(kwargs.get(a.name, a.default_value) for a in func._schema.arguments[len(args) :]),
             ]
             with self:
                 return body(*positional)
-        finally:
-            self.owner = outer
 
     def record(self, op: str, cost: Cost, flops: int) -> None:
         moved = Moved(cost.read, cost.written, flops, cost.launches, 1)
