@@ -179,7 +179,6 @@ def channel_statistics(
         config=config,
         reads=(x,),
         writes=(mean, m2, count),
-        flops=3 * x.numel(),
         X_LAYOUT=of.layouts[1],
         **of.constexprs,
     )
@@ -336,7 +335,6 @@ def _merge(mean, m2, count, members, merged, rstd, running_mean, running_var, mo
         config=config,
         reads=(mean, m2, count, *running),
         writes=tuple(t for t in (*merged, rstd, *running) if t is not None),
-        flops=5 * m2.numel(),
     )
 
 

@@ -185,7 +185,6 @@ def _group_averages(sums, weight, x, groups) -> torch.Tensor:
         config=config,
         reads=(sums, weight),
         writes=(averages,),
-        flops=4 * sums.numel(),
     )
     return averages
 

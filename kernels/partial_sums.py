@@ -76,7 +76,7 @@ def sum_rows(partial: torch.Tensor, out: torch.Tensor, *, config: Config | None 
 def _add(partial, out, T, L, rows, vector, config) -> None:
     launch(
         sum_rows_kernel, (tiles(L, config.BLOCK_L), tiles(T, rows)), partial, out, T, L, rows,
-        config=config, reads=(partial,), writes=(out,), flops=partial.numel(), VECTOR=vector,
+        config=config, reads=(partial,), writes=(out,), VECTOR=vector,
     )  # fmt: skip
 
 
