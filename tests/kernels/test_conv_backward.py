@@ -16,77 +16,24 @@ from fastnets.kernels.conv_gradient_configs import choose_input_gradient, choose
 from fastnets.kernels.conv_shape import Prologue
 from fastnets.kernels.device import DEVICES, assume_device, device_for_capability
 from fastnets.kernels.launch import Config, UnsupportedConfig, observe_launches
-from tests.accuracy import assert_close_to, assert_exact, integers
-from tests.kernels.conv_cases import ACTIVATIONS, Case, in_layout, output_shape, shape_of
+from tests.accuracy import assert_close_to, assert_exact
+from tests.kernels.conv_cases import Case, output_shape, shape_of
+from tests.kernels.gradient_cases import (
+    CORE,
+    SPLIT,
+    check_exact,
+    check_normalized,
+    exact_fp32,  # noqa: F401
+    operands,
+    run,
+    signs,
+    stock,
+    vectors_of,
+)
 from tests.lanes import LANES, STRICT_LANES
 
 HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = (FULL, HALF, BFLOAT)
-
-
-@pytest.fixture(autouse=True)
-def exact_fp32():
-    # TF32 has a test of its own; elsewhere fp32 is compared with fp32.
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
-
-
-def operands(case: Case, dtype, draw=torch.randn, dy_layout="last"):
-    """(dy, x, weight) of a case, in its layouts; random ones are scaled to keep sums near 1."""
-    x, weight = draw(case.N, case.C, case.H, case.W), draw(case.K, case.C // case.groups, case.R, case.S)
-    dy = draw(*output_shape(case))
-    if draw is torch.randn:
-        weight = weight / (case.K // case.groups * case.R * case.S) ** 0.5
-        dy = dy / (dy.numel() / case.K) ** 0.5
-    return (
-        in_layout(dy.to(dtype), dy_layout),
-        in_layout(x.to(dtype), case.x),
-        in_layout(weight.to(dtype), case.weight),
-    )
-
-
-def stock(case: Case, dy, x, weight, dtype=None):
-    """(dx, dw) as eager computes them, in another dtype where one is given."""
-    dy, x, weight = (t.to(dtype or t.dtype) for t in (dy, x, weight))
-    stride, padding, dilation, groups = case.geometry.values()
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
-    )
-    return dx, dw
-
-
-def run(lane, case: Case, dy, x, weight, **options):
-    """(dx, dw) as our kernels compute them; options by the name of their operand's gradient."""
-    dy, x, weight = (lane.put(t) for t in (dy, x, weight))
-    with lane:
-        dx = conv_input_gradient(dy, weight, x.shape, **case.geometry, **options.get("dx", {}))
-        dw = conv_weight_gradient(dy, x, weight.shape, **case.geometry, **options.get("dw", {}))
-    for gradient in (dx, dw):
-        assert gradient.is_contiguous(memory_format=torch.channels_last)
-    return dx, dw
-
-
-def signs(*shape):
-    return integers(*shape, low=-1, high=1)
-
-
-def check_exact(lane, case: Case, dtype, dy_layout="last", **options):
-    """On small integers, whose sums no rounding can touch: equal to float64, element for element."""
-    tensors = operands(case, dtype, signs, dy_layout)
-    expected = stock(case, *tensors, torch.float64)
-    assert max(gradient.abs().max() for gradient in expected) <= 256, "too large to be exact in bfloat16"
-    for reference, gradient in zip(expected, run(lane, case, *tensors, **options)):
-        assert gradient.dtype == dtype
-        assert_exact(reference, gradient)
-
-
-CORE = {
-    "3x3": Case(N=1, C=40, K=24, padding=(1, 1)),
-    "3x3, stride 2": Case(N=1, C=40, K=24, padding=(1, 1), stride=(2, 2)),
-    "1x1": Case(N=1, C=48, K=40, R=1, S=1),
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -187,180 +134,6 @@ def test_results_in_another_dtype(lane):
     reference = stock(case, *tensors, torch.float64)
     for expected, ours in zip(reference, gradients):
         assert_close_to(expected, expected.float(), ours, ratio=3)
-
-
-# The epilogue of the input gradient.
-
-
-def vectors_of(C, affine=True):
-    """(mean, rstd, bn_weight, bn_bias) of C channels."""
-    affines = (torch.randn(C), torch.randn(C)) if affine else (None, None)
-    return torch.randn(C), torch.rand(C) + 0.5, *affines
-
-
-def bn(z, vectors, dtype):
-    """(x̂, u) of z in a dtype."""
-    mean, rstd, weight, bias = (None if v is None else v.to(z.device, dtype)[:, None, None] for v in vectors)
-    centred = (z.to(dtype) - mean) * rstd
-    return centred, centred if weight is None else centred * weight + bias
-
-
-def stock_normalized(case, dy, weight, z, vectors, activation, added, dtype, slope):
-    """(dv, sums) of the composition: stock gradients in a dtype, of the activation at u, and its sums.
-
-    In 16-bit dtypes batch norm and activation are those of fp32, as stock's are, on stock's rounded dx.
-    """
-    wide = torch.float64 if dtype == torch.float64 else FULL
-    dx, _ = stock(case, dy, z, weight, dtype)
-    if added is not None:
-        dx = dx + added.to(dtype)
-    centred, u = bn(z, vectors, wide)
-    u = u.detach().requires_grad_()
-    (dv,) = torch.autograd.grad(ACTIVATIONS[activation](u, slope), u, dx.to(wide))
-    dv = dv.to(dtype)
-    sums = torch.stack([dv.to(wide).sum((0, 2, 3)), (dv.to(wide) * centred).sum((0, 2, 3))])
-    return dv, sums
-
-
-def check_normalized(
-    lane, case, dtype, activation="relu", added=None, layout="last", affine=True, slope=0.2, **options
-):
-    dy, z, weight = operands(case, dtype)
-    z = in_layout(z, layout)
-    if added is not None:
-        added = in_layout(torch.randn(z.shape).to(dtype), added)
-    vectors = vectors_of(case.C, affine)
-    prologue = Prologue(*(lane.put(v) for v in vectors), activation, slope)
-    normalized = Normalized(lane.put(z), prologue)
-    put = [lane.put(t) for t in (dy, weight, added)]
-    with lane:
-        dv, sums = conv_input_gradient(
-            *put[:2], z.shape, **case.geometry, added=put[2], normalized=normalized, **options
-        )
-    assert dv.is_contiguous(memory_format=torch.channels_last)
-    arguments = (case, dy, weight, z, vectors, activation, added)
-    reference, reference_sums = stock_normalized(*arguments, torch.float64, slope)
-    usual, usual_sums = stock_normalized(*arguments, dtype, slope)
-    assert_close_to(reference, usual, dv, ratio=3)
-    assert_close_to(reference_sums, usual_sums, sums, ratio=3)
-    # The sums are those of what is stored, to fp32's own error.
-    centred, _ = bn(z, vectors, torch.float64)
-    stored = dv.cpu().double()
-    of_stored = torch.stack([stored.sum((0, 2, 3)), (stored * centred).sum((0, 2, 3))])
-    terms = torch.stack([stored.abs().sum((0, 2, 3)), (stored * centred).abs().sum((0, 2, 3))])
-    assert ((sums.cpu().double() - of_stored).abs() <= 3e-6 * terms + 1e-12).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_normalized(lane, dtype):
-    check_normalized(lane, CORE["3x3, stride 2"], dtype, added="last")
-
-
-@pytest.mark.lanes("interpreter", "gpu")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_normalized_with_every_activation(lane, activation):
-    case = Case(N=1, C=20, H=5, W=5, K=16, R=1, S=1)
-    check_normalized(lane, case, BFLOAT if activation in ("silu", "relu6") else FULL, activation)
-
-
-NORMALIZED = {
-    "3x3": (CORE["3x3"], {"added": "last"}),
-    "narrow groups": (Case(C=64, K=64, H=4, W=5, padding=(1, 1), groups=16), {"added": "last"}),
-    "wide groups": (Case(N=1, C=80, K=96, H=4, W=5, padding=(1, 1), groups=2), {}),
-    "odd channels, contiguous": (Case(C=19, K=24), {"added": "contiguous", "layout": "contiguous"}),
-    "sliced": (Case(C=24, K=16, stride=(2, 2)), {"added": "sliced", "layout": "sliced"}),
-    "expanded": (Case(C=24, K=16, R=1, S=1, stride=(2, 2)), {"added": "expanded", "layout": "transposed"}),
-    "gelu": (Case(C=24, K=16), {"activation": "gelu", "affine": False}),
-}
-
-
-@pytest.mark.lanes("interpreter", "gpu")
-@pytest.mark.parametrize("name", NORMALIZED)
-def test_normalized_in_odd_cases(lane, name):
-    case, options = NORMALIZED[name]
-    check_normalized(lane, case, HALF, **options)
-
-
-@pytest.mark.lanes("interpreter", "gpu")
-@pytest.mark.parametrize("added", ["last", "contiguous", "sliced", "expanded"])
-def test_added_alone(lane, added):
-    """Also to pixels that no tap reaches: with stride 2 under a 1×1 filter, three of four."""
-    case = Case(C=24, K=16, R=1, S=1, stride=(2, 2))
-    dy, x, weight = operands(case, HALF, signs)
-    added = in_layout(signs(*x.shape).to(HALF), added)
-    on_lane = lane.put(added)
-    dx, _ = run(lane, case, dy, x, weight, dx={"added": on_lane})
-    assert_exact(stock(case, dy, x, weight, torch.float64)[0] + added, dx)
-
-
-SPLIT = Config(
-    BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, GROUP_M=8, SPLIT_K=4, HALVES=False, num_warps=4, num_stages=2
-)
-
-
-def test_split_filters(lane):
-    """Shares of 9 taps of 2 blocks, the last short; under a stride, classes of 1, 2, 2 and 4 taps of them."""
-    check_normalized(lane, dataclasses.replace(CORE["3x3"], K=40), HALF, added="last", config=SPLIT)
-    check_normalized(lane, dataclasses.replace(CORE["3x3, stride 2"], K=40), HALF, config=SPLIT)
-
-
-def test_halves(lane):
-    config = SPLIT.replace(SPLIT_K=1, HALVES=True)
-    check_normalized(lane, CORE["3x3"], HALF, added="last", config=config)
-
-
-# The weight gradient's shares and prologue.
-
-
-@pytest.mark.parametrize("splits", [1, 4, 1000])
-def test_shares_of_pixels(lane, splits):
-    case = Case(N=3, C=8, K=16, H=4, W=5, padding=(1, 1))
-    config = Config(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, SPLIT_K=1, HALVES=False)
-    check_exact(lane, case, HALF, dw={"splits": splits, "config": config})
-
-
-PROLOGUES = {
-    "3x3": Case(N=1, C=40, K=24, padding=(1, 1)),
-    "3x3 of 64 channels": Case(N=1, C=64, H=4, K=24, padding=(1, 1)),
-    "1x1": Case(N=1, C=48, K=24, R=1, S=1),
-    "stride 2": Case(C=24, K=16, padding=(2, 1), stride=(2, 2), x="sliced"),
-    "narrow groups": Case(N=1, C=32, K=32, padding=(1, 1), groups=8),
-}
-
-
-@pytest.mark.parametrize("name", PROLOGUES)
-def test_prologue_is_exact_and_leaves_padding_zero(lane, name):
-    case = PROLOGUES[name]
-    dy, z, weight = operands(case, HALF, signs)
-    vectors = (signs(case.C), 2.0 ** signs(case.C), signs(case.C), 1.0 + signs(case.C).abs())
-    prologue = Prologue(*(lane.put(v) for v in vectors), "relu")
-    put_dy, put_z = lane.put(dy), lane.put(z)
-    with lane:
-        dw = conv_weight_gradient(put_dy, put_z, weight.shape, **case.geometry, prologue=prologue)
-    y = torch.relu(bn(z, vectors, torch.float64)[1])
-    expected = stock(case, dy, y, weight, torch.float64)[1]
-    assert expected.abs().max() <= 1024, "halves are exact in float16 below 1024"
-    assert_exact(expected, dw)
-
-
-@pytest.mark.lanes("interpreter", "gpu")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_prologue_with_every_activation(lane, activation):
-    case = Case(N=1, C=20, H=5, W=5, K=16, padding=(1, 1))
-    dtype = BFLOAT if activation in ("silu", "relu6") else FULL
-    dy, z, weight = operands(case, dtype)
-    vectors = vectors_of(case.C, affine=activation != "tanh")
-    prologue = Prologue(*(lane.put(v) for v in vectors), activation, 0.2)
-    put_dy, put_z = lane.put(dy), lane.put(z)
-    with lane:
-        ours = conv_weight_gradient(put_dy, put_z, weight.shape, **case.geometry, prologue=prologue)
-    y = ACTIVATIONS[activation](bn(z, vectors, torch.float64)[1], 0.2)
-    usual = ACTIVATIONS[activation](bn(z, vectors, FULL)[1], 0.2).to(dtype)
-    reference, eager = stock(case, dy, y, weight, torch.float64)[1], stock(case, dy, usual, weight)[1]
-    assert_close_to(reference, eager, ours, ratio=3)
-
-
-# Everything else.
 
 
 @pytest.mark.lanes("interpreter", "sm_80")
@@ -622,6 +395,13 @@ BAD = {
     "dtype": ({"dtype": torch.float64}, TypeError, "dtype is torch.float64"),
     "stride": ({"stride": (0, 1)}, ValueError, "must be positive"),
 }
+
+
+def masked(activation, size, order=(0, 1, 2, 3)):
+    z = torch.randn(1, 4, 8, 8).permute(order)
+    return Normalized(z, Prologue(*vectors_of(4), activation), torch.zeros(size, dtype=torch.uint8))
+
+
 BAD_EPILOGUE = {
     "added": ({"added": torch.randn(1, 4, 8, 1)}, ValueError, r"added has shape .*\[1, 4, 8, 8\]; expand"),
     "z": (
@@ -639,6 +419,9 @@ BAD_EPILOGUE = {
         ValueError,
         "swish2",
     ),
+    "mask of gelu": ({"normalized": masked("gelu", 32)}, ValueError, "of 'gelu' is not"),
+    "mask": ({"normalized": masked("relu", 31)}, ValueError, r"\[31\], expected contiguous uint8 of \[32\]"),
+    "z of a mask": ({"normalized": masked("relu", 32, (0, 1, 3, 2))}, ValueError, "must be dense"),
 }
 
 
