@@ -172,7 +172,7 @@ def _with_gradient_fake(logits, *arguments):
 
 def _backward_body(dloss, gradient, divisor, backend):
     if choose(gradient, None, backend) == "triton":
-        from fastnets.kernels.cross_entropy import scale_gradient as launch
+        from fastnets.kernels.cross_entropy_gradient import scale_gradient as launch
 
         return launch(gradient, dloss, divisor)
     scale = dloss.to(divisor.dtype) / divisor.view([])

@@ -21,13 +21,21 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnets.kernels.device import Device
+from fastnets.kernels.cross_entropy_tile import (
+    as_rows,
+    check_logits,
+    clamp_classes,
+    classes_at_once,
+    extent,
+    pick,
+    row_offset,
+    steps,
+)
+from fastnets.kernels.cross_entropy_tile import configs_of_rows as configs
 from fastnets.kernels.launch import Config, RepresentativeCall, launch, tiles
 
-__all__ = ["CrossEntropy", "configs", "cross_entropy", "representative_calls", "scale_gradient"]
+__all__ = ["CrossEntropy", "configs", "cross_entropy", "representative_calls"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-REDUCTIONS = ("none", "mean", "sum")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -110,7 +118,7 @@ def _finish(
 
 
 @triton.jit(
-    do_not_specialize=["M", "V", "ignore_index", "parts"],
+    do_not_specialize=["M", "V_units", "ignore_index", "parts"],
     do_not_specialize_on_alignment=["x_n", "x_v", "x_d", "y_n", "y_v", "y_d", "g_n", "g_v", "g_d"],
 )
 def cross_entropy_kernel(
@@ -129,8 +137,10 @@ def cross_entropy_kernel(
     divisor,
     valid,
     M,
-    V,
+    # V in units of VEC: so many classes are neighbours in all tensors.
+    V_units,
     D,
+    # Of classes in elements, the others in units of VEC.
     x_n,
     x_v,
     x_d,
@@ -150,10 +160,12 @@ def cross_entropy_kernel(
     WIDE: tl.constexpr,
     PARTS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     TEACHER: tl.constexpr = teacher is not None
+    V = V_units * VEC
     pid = tl.program_id(0)
     row = pid * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < M
@@ -165,11 +177,11 @@ def cross_entropy_kernel(
         n = n.to(tl.int64)
         d = d.to(tl.int64)
         v0 = v0.to(tl.int64)
-    x_row = (n * x_n + d * x_d)[:, None]
+    x_row = row_offset(n, d, x_n, x_d, VEC)
     y_row = x_row
     if TEACHER:
-        y_row = (n * y_n + d * y_d)[:, None]
-    g_row = (n * g_n + d * g_d)[:, None]
+        y_row = row_offset(n, d, y_n, y_d, VEC)
+    g_row = row_offset(n, d, g_n, g_d, VEC)
 
     part = tl.arange(0, PARTS)
     total_weight = tl.sum(tl.load(sums + part, mask=part < parts, other=0.0), axis=0)
@@ -195,7 +207,7 @@ def cross_entropy_kernel(
     if ONE_BLOCK:
         v_mask = v0 < V
         mask = row_mask[:, None] & v_mask[None, :]
-        inside = tl.where(v_mask, v0, 0)
+        inside = clamp_classes(v0, v_mask, VEC)
         x_block = tl.load(x + (x_row + (inside * x_v)[None, :]), mask=mask, other=float("-inf"))
         x_block = x_block.to(tl.float32)
         y_block = x_block
@@ -213,7 +225,7 @@ def cross_entropy_kernel(
             v = first + v0
             v_mask = v < V
             mask = row_mask[:, None] & v_mask[None, :]
-            inside = tl.where(v_mask, v, 0)
+            inside = clamp_classes(v, v_mask, VEC)
             x_block = tl.load(x + (x_row + (inside * x_v)[None, :]), mask=mask, other=float("-inf"))
             x_block = x_block.to(tl.float32)
             if SMOOTHING:
@@ -238,7 +250,7 @@ def cross_entropy_kernel(
         w_target = tl.where(counts, 1.0, 0.0)
     else:
         w_target = tl.load(weight + t, mask=counts, other=0.0).to(tl.float32)
-    x_target = tl.load(x + (n * x_n + d * x_d + t * x_v), mask=row_mask, other=0.0).to(tl.float32)
+    x_target = tl.load(x + ((n * x_n + d * x_d) * VEC + t * x_v), mask=row_mask, other=0.0).to(tl.float32)
 
     hard = w_target * (1.0 - smoothing) * (1.0 - alpha)
     soft = tl.where(counts, smoothing / V * (1.0 - alpha), 0.0)
@@ -263,7 +275,7 @@ def cross_entropy_kernel(
             v = first + v0
             v_mask = v < V
             mask = row_mask[:, None] & v_mask[None, :]
-            inside = tl.where(v_mask, v, 0)
+            inside = clamp_classes(v, v_mask, VEC)
             x_block = tl.load(x + (x_row + (inside * x_v)[None, :]), mask=mask, other=float("-inf"))
             x_block = x_block.to(tl.float32)
             y_block = x_block
@@ -305,69 +317,7 @@ def sum_kernel(values, total, count, BLOCK: tl.constexpr):
     tl.store(total, tl.sum(sums, axis=0).to(total.dtype.element_ty))
 
 
-@triton.jit(
-    do_not_specialize=["M", "V"],
-    do_not_specialize_on_alignment=["g_n", "g_v", "g_d", "l_n", "l_d"],
-)
-def scale_gradient_kernel(
-    gradient,
-    dloss,
-    divisor,
-    dx,
-    M,
-    V,
-    D,
-    g_n,
-    g_v,
-    g_d,
-    l_n,
-    l_d,
-    WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """dx = gradient · dloss / divisor, row by row; dx has the strides of ``gradient``."""
-    blocks = tl.cdiv(V, BLOCK_V)
-    pid = tl.program_id(0)
-    row = (pid // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    v = (pid % blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask = (row < M)[:, None] & (v < V)[None, :]
-    row_mask = row < M
-    row = tl.where(row_mask, row, 0)
-    v = tl.where(v < V, v, 0)
-    n = row // D
-    d = row % D
-    if WIDE:
-        n = n.to(tl.int64)
-        d = d.to(tl.int64)
-        v = v.to(tl.int64)
-    dloss_row = tl.load(dloss + (n * l_n + d * l_d), mask=row_mask, other=0.0).to(tl.float32)
-    scale = tl.div_rn(dloss_row, tl.zeros_like(dloss_row) + tl.load(divisor))
-    offset = (n * g_n + d * g_d)[:, None] + (v * g_v)[None, :]
-    value = tl.load(gradient + offset, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
-    tl.store(dx + offset, value.to(dx.dtype.element_ty), mask=mask)
-
-
 # --- launching ----------------------------------------------------------------------------------------------
-
-
-def _config(rows: int, classes: int) -> Config:
-    return Config(BLOCK_ROWS=rows, BLOCK_V=classes, num_warps=8 if classes >= 4096 else 4, num_stages=1)
-
-
-# (rows, classes) of a tile: classes that lie side by side, the whole row up to 4096 of them; or rows that do.
-_CLASSES_FAST = ((128, 16), (32, 64), (8, 256), (2, 1024), (1, 4096))
-_ROWS_FAST = ((128, 16), (64, 32))
-
-
-def configs(device: Device) -> list[Config]:
-    """Every config that may be picked on ``device``: the same everywhere, the kernels are bound by memory."""
-    return [_config(*tile) for tile in dict.fromkeys((*_CLASSES_FAST, *_ROWS_FAST))]
-
-
-def _pick(V: int, classes_side_by_side: bool) -> Config:
-    table = _CLASSES_FAST if classes_side_by_side else _ROWS_FAST
-    return _config(*next((tile for tile in table if tile[1] >= V), table[-1]))
 
 
 class CrossEntropy(NamedTuple):
@@ -379,15 +329,6 @@ class CrossEntropy(NamedTuple):
     gradient: torch.Tensor | None
     divisor: torch.Tensor
     valid: torch.Tensor
-
-
-def _rows(logits: torch.Tensor) -> torch.Tensor:
-    """[N, V, d...] as [N, V, D]; a copy only where the trailing dims are no run."""
-    return logits.unsqueeze(2) if logits.dim() == 2 else logits.flatten(2)
-
-
-def _extent(*tensors: torch.Tensor) -> int:
-    return max(sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride())) for t in tensors)
 
 
 def cross_entropy(
@@ -411,11 +352,11 @@ def cross_entropy(
     weight: [V] of any float dtype. loss_dtype: that of the logits unless given. Nothing is raised for a
     target out of range: ``valid`` tells. Raises ``ValueError`` and ``TypeError`` for what does not fit.
     """
-    _check(logits, target, weight, reduction, teacher)
-    x, V = _rows(logits), logits.shape[1]
+    check_logits(logits, target, weight, reduction, teacher)
+    x, V = as_rows(logits), logits.shape[1]
     N, _, D = x.shape
     M = N * D
-    y = x if teacher is None else _rows(teacher)
+    y = x if teacher is None else as_rows(teacher)
     target = target.contiguous()
     weight = None if weight is None else weight.contiguous()
     gradient = torch.empty_like(x) if keep_gradient else None
@@ -447,8 +388,12 @@ def cross_entropy(
         reads=(target, weight),
         writes=(sums, outside),
     )
-    config = config or _pick(V, x.stride(1) == 1)
+    config = config or pick(V, x.stride(1) == 1)
+    if teacher is not None:
+        # Left to itself, ptxas spills a few registers to fit one more block.
+        config = config.replace(maxnreg=255)
     programs = tiles(M, config.BLOCK_ROWS)
+    vec = classes_at_once(V, x, y, *(() if gradient is None else (gradient,)))
     per_row = reduction == "none"
     losses = torch.empty(
         M if per_row else programs, dtype=loss_dtype if per_row else torch.float32, device=x.device
@@ -468,19 +413,20 @@ def cross_entropy(
         gradient,
         divisor,
         valid,
-        *(M, V, D),
-        *x.stride(),
-        *y.stride(),
-        *(x if gradient is None else gradient).stride(),
+        *(M, V // vec, D),
+        *steps(x, vec),
+        *steps(y, vec),
+        *steps(x if gradient is None else gradient, vec),
         *(label_smoothing, alpha, temperature, ignore_index, parts),
         config=config,
         reads=(x, None if teacher is None else y, target, weight, sums, outside),
         writes=(losses, divisor, valid) if gradient is None else (gradient, losses, divisor, valid),
         REDUCTION=reduction,
         SMOOTHING=label_smoothing != 0.0,
-        WIDE=_extent(x, y) + 2**20 >= 2**31,
+        WIDE=extent(x, y) + 2**20 >= 2**31,
         PARTS=_PARTS,
         ONE_BLOCK=config.BLOCK_V >= V,
+        VEC=vec,
     )
     if per_row:
         loss = losses.view(target.shape)
@@ -499,66 +445,6 @@ def cross_entropy(
     return CrossEntropy(loss, None if gradient is None else gradient.view(logits.shape), divisor, valid)
 
 
-def _check(logits, target, weight, reduction, teacher) -> None:
-    if logits.dim() < 2 or logits.shape[1] == 0:
-        raise ValueError(f"cross_entropy: logits are {tuple(logits.shape)}, expected [N, V, ...] with V > 0")
-    expected = (logits.shape[0], *logits.shape[2:])
-    if tuple(target.shape) != expected:
-        raise ValueError(
-            f"cross_entropy: target is {tuple(target.shape)}, expected {expected}, as the logits"
-        )
-    if target.dtype != torch.int64:
-        raise TypeError(f"cross_entropy: target is {target.dtype}, expected int64 class indices")
-    if weight is not None and tuple(weight.shape) != (logits.shape[1],):
-        raise ValueError(
-            f"cross_entropy: weight is {tuple(weight.shape)}, not one for each of {logits.shape[1]} classes"
-        )
-    if teacher is not None and teacher.shape != logits.shape:
-        raise ValueError(
-            f"cross_entropy: teacher is {tuple(teacher.shape)}, the logits {tuple(logits.shape)}"
-        )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"cross_entropy: reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
-    for name, tensor in (("logits", logits), ("teacher", teacher)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"cross_entropy: {name} are {tensor.dtype}, expected float32, float16 or bfloat16"
-            )
-
-
-def scale_gradient(
-    gradient: torch.Tensor, dloss: torch.Tensor, divisor: torch.Tensor, *, config: Config | None = None
-) -> torch.Tensor:
-    """The logits' gradient from what ``cross_entropy`` kept: gradient · dloss / divisor.
-
-    gradient: [N, V, d...], dense. dloss: a scalar, or [N, d...] with reduction "none", any strides. A new
-    tensor with the strides of ``gradient``, which stays as it is (the graph may be kept).
-    """
-    rows, V = _rows(gradient), gradient.shape[1]
-    N, _, D = rows.shape
-    dx = torch.empty_like(rows)
-    if dx.numel() == 0:
-        return dx.view(gradient.shape)
-    dloss = dloss.expand(N, D) if dloss.dim() == 0 else dloss.reshape(N, D)
-    config = config or _pick(V, rows.stride(1) == 1)
-    launch(
-        scale_gradient_kernel,
-        (tiles(N * D, config.BLOCK_ROWS) * tiles(V, config.BLOCK_V),),
-        rows,
-        dloss,
-        divisor,
-        dx,
-        *(N * D, V, D),
-        *rows.stride(),
-        *dloss.stride(),
-        config=config,
-        reads=(rows, dloss, divisor),
-        writes=(dx,),
-        WIDE=_extent(rows) + 2**20 >= 2**31,
-    )
-    return dx.view(gradient.shape)
-
-
 def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors in the shapes that networks have: see ``kernels``."""
 
@@ -571,10 +457,7 @@ def representative_calls() -> list[RepresentativeCall]:
             given = torch.empty(shape[1], device="meta") if weight else None
             if teacher:
                 options.update(teacher=x, alpha=0.7, temperature=4.0)
-            result = cross_entropy(x, target, given, config=config, **options)
-            if result.gradient is not None:
-                dloss = torch.empty_like(result.loss)
-                scale_gradient(result.gradient, dloss, result.divisor, config=config)
+            cross_entropy(x, target, given, config=config, **options)
 
         return thunk
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastnets.kernels.conv_shape import vector_width
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, launch, tiles
 
@@ -29,10 +30,11 @@ def _factor(random, p, scale):
     return tl.where(uniform >= p, scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit(do_not_specialize=["units"])
 def dropout_kernel(
-    x, y, residual, seed, elements, p, scale, WIDE: tl.constexpr, BLOCK: tl.constexpr
+    x, y, residual, seed, units, p, scale, VEC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """VEC (at most 4) divides the elements, of which there are units · VEC."""
     # Counters are 32 bits: four elements each.
     counter = tl.program_id(0) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     r0, r1, r2, r3 = tl.randint4x(tl.load(seed), counter)
@@ -40,27 +42,29 @@ def dropout_kernel(
     if WIDE:
         counter = counter.to(tl.int64)
     element = counter[:, None] * 4 + tl.arange(0, 4)[None, :]
-    mask = element < elements
-    element = tl.where(mask, element, 0)
+    mask = element < units * VEC
+    element = tl.max_contiguous(tl.multiple_of(tl.where(mask, element, 0), [1, VEC]), [1, VEC])
     value = tl.load(x + element, mask=mask, other=0.0).to(tl.float32) * _factor(random, p, scale)
     if residual is not None:
         value += tl.load(residual + element, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + element, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["row_units", "blocks"])
 def row_dropout_kernel(
-    x, y, residual, seed, row_size, blocks, p, scale, WIDE: tl.constexpr, BLOCK: tl.constexpr
+    x, y, residual, seed, row_units, blocks, p, scale, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A row has row_units · VEC elements, and ``blocks`` programs."""
     pid = tl.program_id(0)
     row = pid // blocks
     random, _, _, _ = tl.randint4x(tl.load(seed), row)
     column = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < row_size
-    column = tl.where(mask, column, 0)
+    mask = column < row_units * VEC
+    column = tl.max_contiguous(tl.multiple_of(tl.where(mask, column, 0), VEC), VEC)
     if WIDE:
         row = row.to(tl.int64)
-    element = row * row_size + column
+    element = row * row_units * VEC + column
     value = tl.load(x + element, mask=mask, other=0.0).to(tl.float32) * _factor(random, p, scale)
     if residual is not None:
         value += tl.load(residual + element, mask=mask, other=0.0).to(tl.float32)
@@ -107,12 +111,14 @@ def dropout(
     scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
     if rows == 0:
         grid = (tiles(elements, config.BLOCK),)
-        launch(dropout_kernel, grid, x, y, residual, seed, elements, p, scale, **options)
+        vec = min(vector_width(x.element_size(), elements), 4)
+        launch(dropout_kernel, grid, x, y, residual, seed, elements // vec, p, scale, VEC=vec, **options)
     else:
         row_size = elements // rows
         blocks = tiles(row_size, config.BLOCK)
-        arguments = (x, y, residual, seed, row_size, blocks, p, scale)
-        launch(row_dropout_kernel, (rows * blocks,), *arguments, **options)
+        vec = vector_width(x.element_size(), row_size)
+        arguments = (x, y, residual, seed, row_size // vec, blocks, p, scale)
+        launch(row_dropout_kernel, (rows * blocks,), *arguments, VEC=vec, **options)
     return y
 
 

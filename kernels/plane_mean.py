@@ -57,6 +57,9 @@ def plane_mean_kernel(
         h_step = x_h * VEC
         w_step = x_w
     plane_offset = tl.where(mask, plane_offset, 0)
+    if PLANES_LAST:
+        # Clamping hid it from the compiler.
+        plane_offset = tl.max_contiguous(tl.multiple_of(plane_offset, VEC), VEC)
     pixels = H * W
     total = tl.zeros([BLOCK_PLANES, BLOCK_PIXELS], tl.float32)
     for first in range(0, pixels, BLOCK_PIXELS):
@@ -66,7 +69,10 @@ def plane_mean_kernel(
         h = pixel // W
         if WIDE:
             h = h.to(tl.int64)
-        offset = plane_offset[:, None] + (h * h_step + (pixel % W) * w_step)[None, :]
+        pixel_offset = h * h_step + (pixel % W) * w_step
+        if not PLANES_LAST:
+            pixel_offset = tl.max_contiguous(tl.multiple_of(pixel_offset, VEC), VEC)
+        offset = plane_offset[:, None] + pixel_offset[None, :]
         total += tl.load(x + offset, mask=mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
     mean = tl.div_rn(tl.sum(total, axis=1), tl.zeros([BLOCK_PLANES], tl.float32) + pixels)
     tl.store(y + plane, mean.to(y.dtype.element_ty), mask=mask)

@@ -128,9 +128,9 @@ def pool_kernel(
 ):
     channels = channel_units * (VEC if PLANES_LAST else 1)
     pixels = pixel_units * (1 if PLANES_LAST else VEC)
-    pixel, plane = tile_of(pixels, images * channels, PLANES_LAST, WIDE, BLOCK_SLOW, BLOCK_FAST)
-    pixel_mask = pixel < pixels
-    plane_mask = plane < images * channels
+    pixel, n, c, pixel_mask, plane_mask = tile_of(
+        pixels, images, channels, PLANES_LAST, VEC, WIDE, BLOCK_SLOW, BLOCK_FAST
+    )
     p = pixel // Q
     q = pixel % Q
     h_begin = window_begin(p, H, P, STRIDE_H, PADDING_H, ADAPTIVE)
@@ -143,15 +143,14 @@ def pool_kernel(
     else:
         h_limit = H
         w_limit = W
-    inside_plane = tl.where(plane_mask, plane, 0)
-    plane_offset = (inside_plane // channels) * x_n * READ_VEC + (inside_plane % channels) * x_c
+    plane_offset = n * x_n * READ_VEC + c * x_c
 
     taps = R * S
     if MAXIMUM:
-        best = tl.full([1, 1], float("-inf"), tl.float32) + tl.zeros_like(pixel + plane).to(tl.float32)
-        winner = tl.zeros_like(pixel + plane).to(tl.int32) + taps
+        best = tl.full([1, 1], float("-inf"), tl.float32) + tl.zeros_like(pixel + c).to(tl.float32)
+        winner = tl.zeros_like(pixel + c).to(tl.int32) + taps
     else:
-        best = tl.zeros_like(pixel + plane).to(tl.float32)
+        best = tl.zeros_like(pixel + c).to(tl.float32)
         winner = 0
     if UNROLL_R > 0:
         for r in tl.static_range(UNROLL_R):
@@ -169,7 +168,7 @@ def pool_kernel(
             )  # fmt: skip
 
     mask = pixel_mask & plane_mask
-    offset = dense_offset(pixel, plane, pixels, channels, PLANES_LAST)
+    offset = dense_offset(pixel, n, c, pixels, channels, PLANES_LAST)
     if not MAXIMUM:
         count = window_length(h_begin, h_end, H, COUNT_PADDING) * window_length(
             w_begin, w_end, W, COUNT_PADDING

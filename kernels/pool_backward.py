@@ -44,9 +44,10 @@ def _collect(
         if PLANES_LAST:
             pixel_offset = pixel_offset * channels
         winner = tl.load(window + (window_plane + pixel_offset), mask=mask, other=0).to(tl.int32)
-        mask = mask & (winner == element)
     grad = tl.load(dy + (dy_plane + (p * dy_h + q * dy_w) * READ_VEC), mask=mask, other=0.0).to(tl.float32)
-    if not MAXIMUM:
+    if MAXIMUM:
+        grad = tl.where(winner == element, grad, 0.0)
+    else:
         grad = tl.div_rn(grad, tl.broadcast_to(tl.where(inside, count, 1).to(tl.float32), grad.shape))
     return total + grad
 
@@ -156,15 +157,14 @@ def pool_backward_kernel(
 ):
     channels = channel_units * (VEC if PLANES_LAST else 1)
     pixels = pixel_units * (1 if PLANES_LAST else VEC)
-    pixel, plane = tile_of(pixels, images * channels, PLANES_LAST, WIDE, BLOCK_SLOW, BLOCK_FAST)
-    pixel_mask = pixel < pixels
-    plane_mask = plane < images * channels
+    pixel, n, c, pixel_mask, plane_mask = tile_of(
+        pixels, images, channels, PLANES_LAST, VEC, WIDE, BLOCK_SLOW, BLOCK_FAST
+    )
     h = pixel // W
     w = pixel % W
-    inside_plane = tl.where(plane_mask, plane, 0)
-    dy_plane = (inside_plane // channels) * dy_n * READ_VEC + (inside_plane % channels) * dy_c
-    window_plane = dense_offset(0, inside_plane, P * Q, channels, PLANES_LAST)
-    total = tl.zeros_like(pixel + plane).to(tl.float32)
+    dy_plane = n * dy_n * READ_VEC + c * dy_c
+    window_plane = dense_offset(0, n, c, P * Q, channels, PLANES_LAST)
+    total = tl.zeros_like(pixel + c).to(tl.float32)
     if UNROLL:
         for j in tl.static_range(REACH_H):
             total = _collect_row(
@@ -179,7 +179,7 @@ def pool_backward_kernel(
                 channels, dy_h, dy_w, divisor, MAXIMUM, ADAPTIVE, COUNT_PADDING, STRIDE_H, STRIDE_W,
                 PADDING_H, PADDING_W, DILATION_H, DILATION_W, REACH_W, UNROLL, PLANES_LAST, READ_VEC,
             )  # fmt: skip
-    offset = dense_offset(pixel, plane, pixels, channels, PLANES_LAST)
+    offset = dense_offset(pixel, n, c, pixels, channels, PLANES_LAST)
     tl.store(dx + offset, total.to(dx.dtype.element_ty), mask=pixel_mask & plane_mask)
 
 

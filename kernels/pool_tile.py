@@ -35,9 +35,17 @@ UNROLLED = 16
 
 @triton.jit
 def tile_of(
-    pixels, planes, PLANES_LAST: tl.constexpr, WIDE: tl.constexpr, SLOW: tl.constexpr, FAST: tl.constexpr
+    pixels,
+    images,
+    channels,
+    PLANES_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    SLOW: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    """This program's pixels and planes, as the two axes of its tile."""
+    """This program's pixels and planes as the two axes of its tile: (pixel, n, c, pixel exists, plane
+    exists). A plane that does not exist is (0, 0)."""
     BLOCK_PIXELS: tl.constexpr = SLOW if PLANES_LAST else FAST
     BLOCK_PLANES: tl.constexpr = FAST if PLANES_LAST else SLOW
     pixel_tiles = tl.cdiv(pixels, BLOCK_PIXELS)
@@ -48,19 +56,27 @@ def tile_of(
     if WIDE:
         pixel = pixel.to(tl.int64)
         plane = plane.to(tl.int64)
+    exists = plane < images * channels
+    plane = tl.where(exists, plane, 0)
+    n = plane // channels
+    c = plane % channels
     if PLANES_LAST:
-        return pixel[:, None], plane[None, :]
+        # VEC divides the channels, so VEC neighbours are of one image and masked together. The compiler has
+        # to be told: it does not see through the clamp.
+        n = tl.max_constancy(n, VEC)[None, :]
+        c = tl.max_contiguous(tl.multiple_of(c, VEC), VEC)[None, :]
+        return pixel[:, None], n, c, (pixel < pixels)[:, None], exists[None, :]
     else:
-        return pixel[None, :], plane[:, None]
+        return pixel[None, :], n[:, None], c[:, None], (pixel < pixels)[None, :], exists[:, None]
 
 
 @triton.jit
-def dense_offset(pixel, plane, pixels, channels, PLANES_LAST: tl.constexpr):
+def dense_offset(pixel, n, c, pixels, channels, PLANES_LAST: tl.constexpr):
     """Where [n, c, pixel] lies in a dense tensor."""
     if PLANES_LAST:
-        return ((plane // channels) * pixels + pixel) * channels + plane % channels
+        return (n * pixels + pixel) * channels + c
     else:
-        return plane * pixels + pixel
+        return (n * channels + c) * pixels + pixel
 
 
 @triton.jit
@@ -92,7 +108,7 @@ def window_length(begin, end, extent, COUNT_PADDING: tl.constexpr):
 
 # The fast axis is a run of memory (64 channels of 16 bits fill a cache line), the slow one makes the tile up.
 _FAST = (16, 32, 64, 128)
-_ELEMENTS = (2048, 512)
+_ELEMENTS = (1024, 512)
 
 
 def _config(elements: int, fast: int) -> Config:
@@ -106,8 +122,8 @@ def configs_of_tiles(device: Device) -> list[Config]:
 
 def _pick(fast: int, slow: int, planes_last: bool, multiprocessors: int) -> Config:
     columns = min(max(1 << (fast - 1).bit_length(), 16), 64 if planes_last else 128)
-    blocks = tiles(fast, columns) * tiles(slow, 2048 // columns)
-    return _config(2048 if blocks >= 4 * multiprocessors else 512, columns)
+    blocks = tiles(fast, columns) * tiles(slow, 1024 // columns)
+    return _config(1024 if blocks >= 4 * multiprocessors else 512, columns)
 
 
 @dataclass(frozen=True)

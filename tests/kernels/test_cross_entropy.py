@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnets.kernels import cross_entropy as module
-from fastnets.kernels.cross_entropy import cross_entropy, scale_gradient
+from fastnets.kernels import cross_entropy_tile
+from fastnets.kernels.cross_entropy import configs, cross_entropy
+from fastnets.kernels.cross_entropy_gradient import scale_gradient
 from fastnets.kernels.device import DEVICES, assume_device
 from fastnets.kernels.launch import observe_launches
 from tests.accuracy import assert_close_to, assert_exact
@@ -112,9 +113,9 @@ def test_rows_longer_than_a_tile(lane):
         {"label_smoothing": 0.3},
         {"teacher": torch.randn(16, 150), "alpha": 0.4, "temperature": 2.0},
     ):
-        check(lane, x, target, torch.rand(150), config=module._config(16, 32), **options)
+        check(lane, x, target, torch.rand(150), config=cross_entropy_tile._config(16, 32), **options)
     with lane:
-        loss = cross_entropy(lane.put(x), lane.put(target), config=module._config(16, 32)).loss
+        loss = cross_entropy(lane.put(x), lane.put(target), config=cross_entropy_tile._config(16, 32)).loss
     assert_loss(F.cross_entropy(x.double(), target), F.cross_entropy(x, target), loss)
 
 
@@ -140,7 +141,7 @@ def test_layouts(lane, layout):
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_a_large_offset_costs_no_accuracy(lane, offset):
     x, target = rows((4, 50), scale=1.0)
-    check(lane, x + offset, target, label_smoothing=0.5, config=module._config(4, 32))
+    check(lane, x + offset, target, label_smoothing=0.5, config=cross_entropy_tile._config(4, 32))
     check(lane, x + offset, target, teacher=x - offset, alpha=0.5, temperature=0.5)
 
 
@@ -164,7 +165,7 @@ def test_nan_and_infinity_as_stock(lane, classes, label_smoothing):
     x, target = special_rows()
     dloss = torch.ones(9)
     options = {"reduction": "none", "label_smoothing": label_smoothing}
-    ours = ours_both(lane, x, target, None, dloss, module._config(4, classes), **options)
+    ours = ours_both(lane, x, target, None, dloss, cross_entropy_tile._config(4, classes), **options)
     for mine, theirs in zip(ours, stock_both(x, target, None, dloss, **options)):
         torch.testing.assert_close(mine.cpu(), theirs, equal_nan=True)
 
@@ -202,7 +203,7 @@ def test_the_mean_of_many_rows(lane):
 @slow
 def test_every_config(lane):
     x, target = rows((5, 70), torch.float16)
-    for config in module.configs(DEVICES["h100"]):
+    for config in configs(DEVICES["h100"]):
         check(lane, x, target, teacher=x.flip(0), alpha=0.3, temperature=2.0, config=config)
 
 
@@ -212,7 +213,15 @@ def test_strictly(lane):
     lane = lane.but(shared_races=None)
     x, target = rows((5, 70), torch.float16)
     check(lane, x, target, torch.rand(70), label_smoothing=0.1)
-    check(lane, x, target, teacher=x.flip(0), alpha=0.3, temperature=2.0, config=module._config(4, 32))
+    check(
+        lane,
+        x,
+        target,
+        teacher=x.flip(0),
+        alpha=0.3,
+        temperature=2.0,
+        config=cross_entropy_tile._config(4, 32),
+    )
 
 
 def test_bits_are_the_same_in_every_run(lane):
