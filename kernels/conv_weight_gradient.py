@@ -274,6 +274,9 @@ def _plan(
     vectors = min(vector_widths(shape, element_size, dy, x)) > 1
     config, chosen = choose_weight_gradient(shape, element_size, precision, device, vectors, config)
     splits = chosen if splits is None else min(splits, ceil_div(shape.M, config.BLOCK_K))
+    if config.maxnreg is None and config.BLOCK_M < 64:
+        # Left to itself, ptxas spills on sm_90 to fit one more block.
+        config = config.replace(maxnreg=255)
     pack = groups_packed(shape, config)
     C, K = pack * shape.group_channels, pack * shape.group_outputs
     vector_dy, vector_x = vector_widths(shape, element_size, dy, x, pack)
