@@ -414,4 +414,4 @@ def test_every_representative_call_is_served_on_every_device(module):
             own = [
                 launch for launch in seen if launch.name not in ("sum_rows_kernel", "pack_positive_kernel")
             ]
-            assert all(launch.config in shipped for launch in own)
+            assert all(launch.config.replace(maxnreg=None) in shipped for launch in own)

@@ -217,4 +217,5 @@ def test_every_representative_call_is_served_on_every_device():
                 call.thunk(None)
             large = [launch for launch in seen if launch.name.startswith(("bn_", "channel_"))]
             assert large
-            assert all(launch.config in group_norm.configs(device) for launch in large)
+            shipped = group_norm.configs(device)
+            assert all(launch.config.replace(maxnreg=None) in shipped for launch in large)
