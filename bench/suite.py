@@ -8,7 +8,7 @@ of every gradient) is reported as wrong and not timed.
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,29 +96,34 @@ Tell = Callable[[str, str, str, int, int], None]
 """Called with (network, phase, variant, step, steps)."""
 
 
-def _gate(stock: nn.Module, x: torch.Tensor, call: Callable, laid_out: torch.Tensor, row: Row) -> bool:
+Judge = Callable[[], training.GradientJudge]
+"""Makes the judge of gradients when it is first asked for, and then keeps it."""
+
+
+def _gate(
+    stock: nn.Module, x: torch.Tensor, call: Callable, laid_out: torch.Tensor, row: Row, judge: Judge
+) -> bool:
     """Judge the variant's answers on the benchmark's own input; fills the row's accuracy and tells
     whether to go on.
     """
-    from fastnets.fused.check import ALLOWED_RATIO, check
-
-    judged, answer, allowed_ratio = stock, call, ALLOWED_RATIO
     if stock.training:
-        judged = training.Gradients(copy.deepcopy(stock)).normalized(x)
-        answer, allowed_ratio = training.Gradients(call, judged.norms), training.ALLOWED_RATIO
+        row.error_ratio = judge().error_ratio(call, laid_out)
+        right = row.error_ratio <= training.ALLOWED_RATIO
+    else:
+        from fastnets.fused.check import check
 
-    # A function, because check would copy a module, and torch.compile would compile the copy anew.
-    def as_timed(_: torch.Tensor) -> Any:
-        with torch.inference_mode(not stock.training):
-            return answer(laid_out)
+        def answer(_: torch.Tensor) -> torch.Tensor:
+            with torch.inference_mode():  # as it will be timed; torch.compile would compile anew otherwise
+                return call(laid_out)
 
-    report = check(judged, as_timed, (x,), allowed_ratio=allowed_ratio)
-    row.error_ratio = float(report.error_ratio)
-    row.top1_agreement = None if report.top1_agreement is None else float(report.top1_agreement)
-    if not report.ok:
+        report = check(stock, answer, (x,))
+        row.error_ratio = float(report.error_ratio)
+        row.top1_agreement = None if report.top1_agreement is None else float(report.top1_agreement)
+        right = report.ok
+    if not right:
         row.status = "wrong"
         row.note = f"error ratio {row.error_ratio:.2f}; not timed"
-    return bool(report.ok)
+    return right
 
 
 def run_network(network: Network, settings: Settings, *, tell: Tell | None = None) -> Result:
@@ -142,9 +147,10 @@ def run_network(network: Network, settings: Settings, *, tell: Tell | None = Non
     calls: dict[str, Callable[[], Any]] = {}
     try:
         with cpu_threads(settings.threads):
+            judge = functools.cache(lambda: training.GradientJudge(stock, x))
             for step, row in enumerate(rows):
                 tell(network.name, "prepare and check", row.variant, step, len(rows))
-                call = _prepare(stock, x, row, result)
+                call = _prepare(stock, x, row, result, judge)
                 if call is not None:
                     calls[row.variant] = call
             if calls:
@@ -165,7 +171,9 @@ def run_network(network: Network, settings: Settings, *, tell: Tell | None = Non
     return result
 
 
-def _prepare(stock: nn.Module, x: torch.Tensor, row: Row, result: Result) -> Callable[[], Any] | None:
+def _prepare(
+    stock: nn.Module, x: torch.Tensor, row: Row, result: Result, judge: Judge
+) -> Callable[[], Any] | None:
     variant = baselines.VARIANTS[row.variant]
     try:
         if stock.training and not variant.trains:
@@ -174,13 +182,13 @@ def _prepare(stock: nn.Module, x: torch.Tensor, row: Row, result: Result) -> Cal
         # copies are made outside inference mode: weights that are inference tensors could not be kept packed
         call, laid_out = variant.prepare(stock, x)
         with torch.inference_mode(not stock.training):
-            (training.Gradients(call) if stock.training else call)(laid_out)
+            training.answers_of(call, laid_out) if stock.training else call(laid_out)
             if x.device.type == "cuda":
                 torch.cuda.synchronize(x.device)
         row.ready_seconds = time.perf_counter() - start
         if row.variant == "fastnets" and not stock.training:
             _describe_coverage(call, laid_out, result)
-        if not _gate(stock, x, call, laid_out, row):
+        if not _gate(stock, x, call, laid_out, row, judge):
             return None
     except baselines.Unavailable as reason:
         row.status, row.note = "unavailable", str(reason)

@@ -6,13 +6,17 @@ it is left out of the time.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ALLOWED_RATIO", "Gradients", "training_step"]
+from fastnets.bench.baselines import lay_out
+
+__all__ = ["ALLOWED_RATIO", "GradientJudge", "answers_of", "training_step"]
 
 ALLOWED_RATIO = 3.0  # of stock's own error, for gradients
 LEARNING_RATE = 1e-4  # small: hundreds of steps on one batch must not run into other numbers
@@ -39,27 +43,51 @@ def training_step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return step
 
 
-class Gradients(nn.Module):
-    """What a step computes, as a module's answer, so that ``fastnets.check`` can judge it.
+def answers_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The loss, and the gradient of every parameter that learns, of one forward and backward in train mode.
 
-    Calling it with images gives the loss and the gradient of every parameter, flat, each divided by
-    ``norms``: a small gradient that is wrong then weighs as much as a large one.
+    Random numbers are drawn from seed 0, and nobody else's are used up.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
+        torch.manual_seed(0)
+        loss = loss_of(model(x))
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+
+class GradientJudge:
+    """Judges a network's loss and gradients against stock's in float64, by how far off stock itself may be.
+
+    Rounding decides on which side of a ReLU's kink a value lies, and one that changes sides moves a gradient
+    by far more than rounding does. So stock's own error is the largest of several runs in the dtype at hand:
+    as it is, channels-last, and with images changed by a rounding error. Every parameter's error is taken
+    relative to its gradient, so that a small gradient weighs as much as a large one.
+
+    stock: in train mode, on x's device; it is not touched.
     """
 
-    def __init__(self, model: nn.Module, norms: list[float] | None = None):
-        super().__init__()
-        self.model = model
-        self.norms = norms
+    def __init__(self, stock: nn.Module, x: Tensor):
+        self.exact = [t.double() for t in answers_of(copy.deepcopy(stock).double(), x.double())]
+        norms = [float(t.norm()) for t in self.exact]
+        self.norms = [max(norm, 1e-4 * max(norms)) for norm in norms]
+        eps = torch.finfo(x.dtype).eps
+        generator = torch.Generator().manual_seed(0)
+        images = [x, *(x * (1 + eps * torch.randn(x.shape, generator=generator).to(x)) for _ in range(4))]
+        runs = [(copy.deepcopy(stock), image) for image in images]
+        runs += [lay_out(copy.deepcopy(stock), image) for image in images[:2]]
+        self.stock_error = max(eps / 4, *(self.error(answers_of(*run)) for run in runs))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        with torch.enable_grad():
-            loss = loss_of(self.model(x))
-            gradients = torch.autograd.grad(loss, parameters)
-        norms = self.norms or [1.0] * len(gradients)
-        return loss.detach(), *(g.flatten() / norm for g, norm in zip(gradients, norms))
+    def error(self, answers: list[Tensor]) -> float:
+        """Root mean square of the relative errors of loss and gradients; infinite where one is not finite."""
+        if [t.shape for t in answers] != [t.shape for t in self.exact]:
+            return float("inf")
+        squares = [
+            float((ours.double() - exact).square().sum()) / norm**2
+            for ours, exact, norm in zip(answers, self.exact, self.norms)
+        ]
+        found = math.sqrt(sum(squares) / len(squares))
+        return found if math.isfinite(found) else float("inf")
 
-    def normalized(self, x: Tensor) -> Gradients:
-        """The same with ``norms`` of the gradients on x; those that are all but zero count as larger."""
-        norms = [float(g.double().norm()) for g in self(x)[1:]]
-        return Gradients(self.model, [max(norm, 1e-4 * max(norms)) for norm in norms])
+    def error_ratio(self, model: nn.Module, x: Tensor) -> float:
+        """The error of ``model`` on x (the judge's images, in any layout) over stock's."""
+        return self.error(answers_of(model, x)) / self.stock_error

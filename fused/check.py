@@ -28,7 +28,6 @@ class CheckReport:
             logit; None where the outputs are not logits [N, classes]. 1.0 where no answer is clear.
         stock_error, fast_error: the two norms, relative to ‖ref64‖.
         problems: what is wrong, in words; empty where all is well.
-        allowed_ratio: what ``error_ratio`` may be.
     """
 
     error_ratio: float = 0.0
@@ -36,7 +35,6 @@ class CheckReport:
     stock_error: float = 0.0
     fast_error: float = 0.0
     problems: list[str] = field(default_factory=list)
-    allowed_ratio: float = ALLOWED_RATIO
 
     @property
     def ok(self) -> bool:
@@ -49,7 +47,7 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [
             f"{'ok' if self.ok else 'NOT OK'}: error ratio {self.error_ratio:.3g} "
-            f"(allowed {self.allowed_ratio:g}); relative error "
+            f"(allowed {ALLOWED_RATIO:g}); relative error "
             f"against float64: stock {self.stock_error:.2e}, fast {self.fast_error:.2e}"
         ]
         if self.top1_agreement is not None:
@@ -59,20 +57,13 @@ class CheckReport:
         return "\n".join([*lines, *(f"problem: {p}" for p in self.problems)])
 
 
-def check(
-    stock: nn.Module,
-    fast: nn.Module | Callable,
-    example_inputs: object,
-    *,
-    allowed_ratio: float = ALLOWED_RATIO,
-) -> CheckReport:
+def check(stock: nn.Module, fast: nn.Module | Callable, example_inputs: object) -> CheckReport:
     """Run stock, fast and a float64 copy of stock on the same inputs, and compare.
 
     Args:
         stock: the network as it was. Where ``fast`` is a module of another dtype, stock is judged in that.
         fast: the network to judge, or any callable that takes the inputs and returns what stock returns.
         example_inputs: a tensor, or a tuple of positional arguments. They may hold nests of tensors.
-        allowed_ratio: how many times as far from float64 as stock's answers fast's may be.
 
     Networks in training mode are copied first, and draw the same random numbers. Outputs may be nests of
     tuples, lists and dicts. Raises ``TypeError`` where stock is not a module or fast cannot be called; what
@@ -93,7 +84,7 @@ def check(
         stock_output = _run(judged, arguments, dtype)
         fast_output = _run(_untouched(fast) if isinstance(fast, nn.Module) else fast, arguments, dtype)
         exact = _run(reference, arguments, torch.float64)
-    return _compare(stock_output, fast_output, exact, allowed_ratio)
+    return _compare(stock_output, fast_output, exact)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
@@ -119,8 +110,8 @@ def _run(network: Callable, arguments: tuple, dtype: torch.dtype | None) -> obje
         return network(*pytree.tree_map(convert, arguments))
 
 
-def _compare(stock: object, fast: object, exact: object, allowed_ratio: float) -> CheckReport:
-    report = CheckReport(allowed_ratio=allowed_ratio)
+def _compare(stock: object, fast: object, exact: object) -> CheckReport:
+    report = CheckReport()
     stock_leaves, stock_spec = pytree.tree_flatten(stock)
     fast_leaves, fast_spec = pytree.tree_flatten(fast)
     exact_leaves, _ = pytree.tree_flatten(exact)
@@ -159,7 +150,7 @@ def _compare(stock: object, fast: object, exact: object, allowed_ratio: float) -
         report.error_ratio = fast_error / max(stock_error, floor * norm, torch.finfo(torch.float64).tiny)
     if norm > 0:
         report.stock_error, report.fast_error = stock_error / norm, fast_error / norm
-    if report.error_ratio > allowed_ratio:
+    if report.error_ratio > ALLOWED_RATIO:
         report.problems.append(f"fast is {report.error_ratio:.3g} times as far from float64 as stock")
     return report
 

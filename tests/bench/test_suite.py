@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastnets.bench import baselines, report, suite
+from fastnets.bench import baselines, report, suite, training
 from fastnets.bench.baselines import Unavailable, Variant
 from fastnets.bench.measure import OUT_OF_MEMORY
 from fastnets.bench.networks import Network, settle_batch_norms
@@ -211,3 +211,25 @@ def test_compile_trains(network):
 def test_default_variants_of_training():
     names = baselines.default_variants("cpu", training=True)
     assert names == ["eager", "channels-last", "compile", "fastnets"]
+
+
+def test_a_value_on_the_kink_is_no_error_of_the_variant():
+    """Rounding decides whether ReLU lets the gradient through: stock itself is as far off."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).train()
+    x = (torch.rand(2, 1, 2, 2) + 0.5).expand(2, 2, 2, 2).contiguous()
+    with torch.no_grad():
+        stock[0].weight[:, 1] = -stock[0].weight[:, 0]  # but for rounding, every value is zero
+    judge = training.GradientJudge(stock, x)
+    nudged = x * (1 + 2**-23 * torch.randn(x.shape))
+    assert judge.error_ratio(stock, nudged) <= training.ALLOWED_RATIO
+    assert judge.stock_error > 1e-3
+    x = torch.randn(2, 2, 2, 2)
+    judge = training.GradientJudge(stock, x)
+    assert judge.stock_error < 1e-6
+    wrong = copy.deepcopy(stock)
+    wrong[3].bias.register_hook(lambda gradient: gradient * 1.01)
+    assert judge.error_ratio(wrong, x) > training.ALLOWED_RATIO
+    wrong[3].bias.register_hook(lambda gradient: gradient * float("nan"))
+    assert judge.error_ratio(wrong, x) == float("inf")
+    assert all(p.grad is None for p in stock.parameters())
