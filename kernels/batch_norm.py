@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastnets.kernels.activation import activate, check_activation
-from fastnets.kernels.bitmask import store_bits
+from fastnets.kernels.bitmask import pack_positive, store_bits
 from fastnets.kernels.channel_tiles import (
     channel_tiles,
     check_input,
@@ -151,6 +151,12 @@ def launch_bn_add_act(
     )
     config = pass_config(of, x, config)
     vectors = contiguous_vectors(*vectors)
+    # Bits are written beside y where its rows, and the tile's, fill whole bytes; else from y, once more.
+    kind = of.layouts[0][0]
+    row, block = (of.channels, config.BLOCK_CHANNELS) if kind == "channel" else (of.inner, config.BLOCK_INNER)
+    later = bits if bits is not None and (kind == "none" or row % 8 or block < 8) else None
+    if later is not None:
+        bits = None
     launch(
         bn_add_act_kernel,
         (of.steps(config) * of.channel_tiles(config),),
@@ -175,6 +181,8 @@ def launch_bn_add_act(
         R_LAYOUT=of.layouts[2],
         **of.constexprs,
     )
+    if later is not None:
+        pack_positive(y, later, 6.0 if activation == "relu6" else None)
 
 
 def bn_add_act(

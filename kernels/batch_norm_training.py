@@ -23,7 +23,7 @@ import triton.language as tl
 from fastnets.kernels.activation import BINARY_DERIVATIVE, check_activation
 from fastnets.kernels.batch_norm import launch_bn_add_act
 from fastnets.kernels.batch_norm_backward import bn_backward_input, bn_backward_sums
-from fastnets.kernels.bitmask import bytes_of, pack_positive
+from fastnets.kernels.bitmask import bytes_of
 from fastnets.kernels.channel_tiles import (
     channel_tiles,
     check_input,
@@ -374,21 +374,9 @@ def normalize_add_act(
     y = torch.empty_like(x)
     bits = torch.empty(bytes_of(x), dtype=torch.uint8, device=x.device) if mask else None
     if x.numel():
-        # Bits are written beside y where its rows fill whole bytes.
-        beside = mask and _fills_bytes(y)
         vectors = (None, mean, None, rstd, bn_weight, bn_bias)
-        launch_bn_add_act(
-            y, x, residual, bits if beside else None, vectors, 0.0, activation, negative_slope, config
-        )
-        if mask and not beside:
-            pack_positive(y, bits, 6.0 if activation == "relu6" else None)
+        launch_bn_add_act(y, x, residual, bits, vectors, 0.0, activation, negative_slope, config)
     return (y, bits) if mask else y
-
-
-def _fills_bytes(y: torch.Tensor) -> bool:
-    of = channel_tiles(tuple(y.shape), (y.stride(),), y.element_size())
-    kind = of.layouts[0][0]
-    return kind != "none" and (of.channels if kind == "channel" else of.inner) % 8 == 0
 
 
 # --- configs and checks -------------------------------------------------------------------------------------

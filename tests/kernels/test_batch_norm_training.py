@@ -164,11 +164,12 @@ def test_gradient_of_another_dtype_and_count_on_the_device(lane):
     "shape, memory_format",
     [
         ((2, 24, 5, 5), torch.channels_last),
+        ((40, 8, 16, 16), torch.channels_last),
         ((3, 6, 4, 4), torch.contiguous_format),
         pytest.param((3, 5, 3, 3), torch.channels_last, marks=slow),
         ((3, 5, 3, 3), torch.contiguous_format),
     ],
-    ids=["channels", "pixels", "odd channels", "odd pixels"],
+    ids=["channels", "few channels", "pixels", "odd channels", "odd pixels"],
 )
 def test_mask_holds_the_derivative(lane, shape, memory_format, activation):
     dtype = HALF if shape[1] == 24 else FULL
