@@ -25,12 +25,13 @@ from tests.kernels.gradient_cases import (
 )
 
 HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
-DTYPES = (FULL, HALF, BFLOAT)
 
 # The epilogue of the input gradient.
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [HALF, *(pytest.param(d, marks=pytest.mark.slow) for d in (BFLOAT, FULL))], ids=str
+)
 def test_normalized(lane, dtype):
     check_normalized(lane, CORE["3x3, stride 2"], dtype, added="last")
 
@@ -60,6 +61,7 @@ def test_normalized_in_odd_cases(lane, name):
     check_normalized(lane, case, HALF, **options)
 
 
+@pytest.mark.lanes("interpreter", "sm_80", "gpu")
 @pytest.mark.parametrize("case", [CORE["1x1"], Case(N=1, C=19, H=5, W=5, K=16)], ids=["bytes", "odd"])
 def test_derivative_from_a_mask(lane, case):
     check_normalized(lane, case, HALF, added="last", mask=True)
@@ -108,7 +110,9 @@ def test_halves(lane):
 # The weight gradient's shares and prologue.
 
 
-@pytest.mark.parametrize("splits", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "splits", [4, pytest.param(1, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)]
+)
 def test_shares_of_pixels(lane, splits):
     case = Case(N=3, C=8, K=16, H=4, W=5, padding=(1, 1))
     config = Config(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=8, SPLIT_K=1, HALVES=False)
@@ -124,7 +128,9 @@ PROLOGUES = {
 }
 
 
-@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize(
+    "name", ["3x3", *(pytest.param(n, marks=pytest.mark.slow) for n in PROLOGUES if n != "3x3")]
+)
 def test_prologue_is_exact_and_leaves_padding_zero(lane, name):
     case = PROLOGUES[name]
     dy, z, weight = operands(case, HALF, signs)
