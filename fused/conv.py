@@ -34,6 +34,7 @@ from fastnets.fused.conv_training import (
     train,
     weight_gradient,
 )
+from fastnets.fused.conv_training import implementation as training_implementation
 from fastnets.fused.ownership import may_overwrite
 
 _SCHEMA = (
@@ -613,6 +614,9 @@ def implementation_of(
 ) -> str:
     """The implementation that ``call_conv_bn_act`` would run for an input like ``x``; "stock" if none."""
     weight = conv._parameters.get("weight")
+    if bn is not None and uses_batch_statistics(bn):
+        plain = not _must_run_stock(conv, bn, act, x, weight, None)
+        return training_implementation(x, weight, conv.groups, backend) if plain else "stock"
     if (torch.is_grad_enabled() and _too_small_to_fold(x, weight, backend)) or _must_run_stock(
         conv, bn, act, x, weight, None
     ):

@@ -395,10 +395,10 @@ def train(
     if how == "stock" and group:
         how = "reference"  # stock's SyncBatchNorm runs on GPUs only
     if how == "stock":
-        x = _computed(x)
+        x = inputs = _computed(x)
         if dispatch.device_type_of(x) == "cpu" and x.dtype != torch.float64:
-            x = x.contiguous(memory_format=torch.channels_last)  # the layout that all layers then follow
-        y = call_stock(bn, act, conv(x), residual, activation, negative_slope)
+            inputs = x.contiguous(memory_format=torch.channels_last)  # the layout that all layers then follow
+        y = call_stock(bn, act, conv(inputs), residual, activation, negative_slope)
         return (y, x) if forks else y
     passes = passes_on(how)
     other = x

@@ -81,6 +81,11 @@ _VIEW_FUNCTIONS = frozenset(
     [operator.getitem, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze]
     + [torch.unsqueeze, torch.chunk, torch.split, torch.movedim, torch.swapaxes, torch.unbind]
 )
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+_DROPOUT_FUNCTIONS = frozenset(
+    getattr(torch.nn.functional, name)
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+)
 _SETUP = ("__init__", "init_weights", "_init_weights", "reset_parameters")  # does not run in a forward
 _CALL_DEPTH = 3  # how far the scan for observing names follows a class's helper functions
 
@@ -125,13 +130,19 @@ def restore_layout_of_all(values: object, *region_inputs: object) -> object:
 
 
 def hide_layout(
-    graph: fx.Graph, root: nn.Module, *, restore_outputs: bool, observing: Callable[[nn.Module], bool]
+    graph: fx.Graph,
+    root: nn.Module,
+    *,
+    restore_outputs: bool,
+    observing: Callable[[nn.Module], bool],
+    training: bool = False,
 ) -> int:
     """Edit ``graph`` so that no code outside it sees a layout that stock would not have shown.
 
     root: the module that the graph's paths start from. restore_outputs: the graph's caller is not rewritten,
     so results go back in stock's layout; the graph's own inputs are then in stock's layout and say which
-    that is. observing: whether a called module looks at the layout of its inputs.
+    that is. observing: whether a called module looks at the layout of its inputs. training:
+    dropout draws its noise in the order of memory, and so looks, too.
 
     Returns the number of changes. Raises :class:`LayoutError` for a graph that reads strides itself.
     """
@@ -147,10 +158,11 @@ def hide_layout(
         elif node.op == "call_function":
             if getattr(node.target, "__name__", "") in ("as_strided", "from_dlpack"):
                 raise LayoutError(f"its forward calls {node.target.__name__}()")
-            if not _is_torch_function(node.target):
+            if not _is_torch_function(node.target) or (training and node.target in _DROPOUT_FUNCTIONS):
                 changes += _restore_arguments(graph, node, inputs if restore_outputs else [])
         elif node.op == "call_module":
-            if observing(root.get_submodule(node.target)):
+            module = root.get_submodule(node.target)
+            if observing(module) or (training and isinstance(module, _DROPOUTS)):
                 changes += _restore_arguments(graph, node, inputs if restore_outputs else [])
         elif node.op == "output" and restore_outputs:
             changes += _restore_arguments(graph, node, inputs)

@@ -200,7 +200,11 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
         try:
             variant.fusions, variant.left = fuse(graph, module, recipe.backend, recipe.keep_stock)
             variant.changes = hide_layout(
-                graph, module, restore_outputs=recipe.restores_outputs, observing=observes_layout
+                graph,
+                module,
+                restore_outputs=recipe.restores_outputs,
+                observing=observes_layout,
+                training=condition.training,
             )
         except LayoutError as error:
             variant.captured, variant.reason = None, str(error)

@@ -18,6 +18,7 @@ from torch import fx
 
 from fastnets.fused.batch_norm import call_bn_add_act
 from fastnets.fused.conv import call_conv_bn_act
+from fastnets.fused.layout import restore_layout
 from fastnets.fused.patterns import call_bn_iadd_act, call_conv_bn_iadd_act, writes
 
 # Position of x; the residual comes next.
@@ -42,7 +43,7 @@ def link(graph: fx.Graph, save: str) -> int:
         if node.target is call_conv_bn_act:
             marks += _fork(graph, node)
             x = node.args[_X[node.target]]
-            if isinstance(x, fx.Node) and x.op == "placeholder" and list(x.users) == [node]:
+            if isinstance(x, fx.Node) and x.op == "placeholder" and readers_of(x) == [node]:
                 node.kwargs = {**node.kwargs, "sole": True}
     return marks
 
@@ -60,6 +61,11 @@ def _may_stay_pending(node: fx.Node) -> bool:
     return x is node and added is not node
 
 
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """Who reads the values of ``node``, and not its layout alone."""
+    return [r for r in node.users if r.target is not restore_layout or r.args[0] is node]
+
+
 def _fork(graph: fx.Graph, node: fx.Node) -> int:
     """Let the later readers of a convolution's input read it from the convolution."""
     x = node.args[_X[call_conv_bn_act]]
@@ -67,7 +73,7 @@ def _fork(graph: fx.Graph, node: fx.Node) -> int:
     if not isinstance(x, fx.Node) or x is residual:
         return 0
     order = {n: i for i, n in enumerate(graph.nodes)}
-    readers = list(x.users)
+    readers = readers_of(x)
     later = [r for r in readers if order[r] > order[node]]
     # Modules might write in place, which views that a function returns do not allow.
     if not later or any(writes(r) or r.op == "call_module" for r in readers):

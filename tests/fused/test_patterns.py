@@ -33,7 +33,7 @@ def test_pattern(name):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_training_step_equals_stock(name):
-    """In training mode the stock layers run: outputs, gradients and statistics are stock's."""
+    """Outputs, gradients, statistics and dropout's noise are stock's."""
     stock = settled(Composed(PATTERNS[name][0], pair="sequential" in name)).train()
     fast = fastnets.optimize(stock)
     results = []
@@ -46,7 +46,7 @@ def test_training_step_equals_stock(name):
     for s, f in zip(*results):
         assert (s is None) == (f is None)
         if s is not None:
-            torch.testing.assert_close(f, s, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(f, s, rtol=1e-4, atol=3e-4)
 
 
 def test_evaluation_gradients_equal_stock():
@@ -193,7 +193,7 @@ class _ShiftedBN(nn.BatchNorm2d):
         (nn.Conv2d, _ShiftedBN, ["conv"]),
         (lambda *a: nn.Conv2d(*a, padding_mode="reflect", padding=1), nn.BatchNorm2d, ["conv+bn+relu"]),
         (lambda *a: nn.Conv2d(*a, padding="same"), nn.BatchNorm2d, ["conv+bn+relu"]),
-        (nn.Conv2d, lambda c: nn.BatchNorm2d(c, track_running_stats=False), ["conv"]),
+        (nn.Conv2d, lambda c: nn.BatchNorm2d(c, track_running_stats=False), ["conv+bn+relu"]),
         (nn.Conv2d, lambda c: nn.BatchNorm2d(c, affine=False), ["conv+bn+relu"]),
         (nn.Conv2d, lambda c: nn.InstanceNorm2d(c), ["conv"]),
     ],
