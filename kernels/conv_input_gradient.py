@@ -376,7 +376,10 @@ def input_gradient(call: InputGradientCall) -> tuple[torch.Tensor, torch.Tensor 
     classes = shape.stride[0] * shape.stride[1]
     most = shape.N * ceil_div(shape.H, shape.stride[0]) * ceil_div(shape.W, shape.stride[1])
     tiles_m = ceil_div(most, config.BLOCK_M)
-    finishing = reduce_config(shape) if SPLIT_K > 1 else config
+    finishing = config
+    if SPLIT_K > 1:
+        # The epilogue holds tiles of z, added and the mask beside the sum.
+        finishing = reduce_config(shape).replace(maxnreg=255)
     tiles = ceil_div(pixels, finishing.BLOCK_M) if SPLIT_K > 1 else tiles_m * classes
     partial_sums = None
     if z is not None:
