@@ -57,7 +57,7 @@ def _input_gradient_body(
         normalized = None
         if z is not None:
             prologue = Prologue(mean, rstd, bn_weight, bn_bias, activation, negative_slope)
-            normalized = Normalized(z, prologue) if mask is None else Normalized(z, prologue, mask)
+            normalized = Normalized(z, prologue, mask)
         result = launch(
             dy, weight, tuple(input_shape), stride=tuple(stride), padding=tuple(padding),
             dilation=tuple(dilation), groups=groups, added=added, normalized=normalized,
@@ -408,7 +408,7 @@ def train(
         norm = None if bn is None else norms.normalization(bn, z, passes)
     else:
         made = None
-        if sole and how == "reference" and has_private_gradient(x):
+        if sole and how != "library" and has_private_gradient(x):
             made = norms.how_it_was_made(x)
         padding = conv.padding
         if conv.padding_mode != "zeros" or padding.__class__ is str:
