@@ -344,9 +344,9 @@ def bn_backward_input(
 
 
 @functools.lru_cache(maxsize=256)
-def _with_registers(config: Config) -> Config:
-    # Left to itself, ptxas spills at 96 registers to fit a fifth block.
-    return config.replace(maxnreg=128)
+def _with_registers(config: Config, in_vectors: bool) -> Config:
+    # Left to itself, ptxas spills at 96 registers to fit a fifth block. One address per element takes more.
+    return config.replace(maxnreg=128 if in_vectors else 255)
 
 
 def launch_backward_input(
@@ -376,7 +376,7 @@ def launch_backward_input(
         min(dy.element_size(), x.element_size()),
         groups is not None,
     )
-    config = _with_registers(pass_config(of, x, config))
+    config = _with_registers(pass_config(of, x, config), all(unit > 1 for _, unit in of.layouts))
     vectors = contiguous_vectors(*vectors)
     launch(
         bn_backward_input_kernel,
