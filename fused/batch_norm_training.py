@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastnets.fused import dispatch
 from fastnets.fused.activation import activation as activation_of
@@ -356,7 +355,7 @@ class _Training(torch.autograd.Function):
         ctx.given = None, None  # dv and its sums, from the one reader of y
 
     @staticmethod
-    @once_differentiable
+    @dispatch.once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 12

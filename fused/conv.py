@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import cudnn, dispatch, onednn, packing
@@ -327,7 +326,7 @@ class _ConvBNAct(torch.autograd.Function):
         ctx.backend = backend
 
     @staticmethod
-    @once_differentiable
+    @dispatch.once_differentiable
     def backward(ctx, grad):
         y, x, weight, bias, *rest = ctx.saved_tensors
         options = ctx.options

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastnets.fused import batch_norm_training as norms
 from fastnets.fused import dispatch, onednn, packing
@@ -167,19 +166,13 @@ class _Options(NamedTuple):
         return self[:4]
 
 
-# Normalising while loading repeats the arithmetic for each column of tiles; past this many outputs a pass is
-# made instead. Chosen by count (a tile is 128 wide at most), not by a clock.
-_PROLOGUE_OUTPUTS = 512
-
-
 def _loads_normalized(weight: Tensor, options: _Options) -> bool:
-    K, _, R, S = weight.shape
+    """Whether the convolution normalises while it loads: not past 1×1, where values are loaded R·S times."""
     return (
         options.backend == "triton"
-        and (R, S) == (1, 1)
+        and tuple(weight.shape[2:]) == (1, 1)
         and tuple(options.padding) == (0, 0)
         and options.groups == 1
-        and K <= _PROLOGUE_OUTPUTS
     )
 
 
@@ -289,7 +282,7 @@ class _Conv(torch.autograd.Function):
         ctx.input_shape, ctx.act, ctx.pending = x.shape, act, pending
 
     @staticmethod
-    @once_differentiable
+    @dispatch.once_differentiable
     def backward(ctx, dz, _first, _second, _y, forked=None):
         x, y, weight, z, mask, *vectors, count = ctx.saved_tensors
         options, pending = ctx.options, ctx.pending
@@ -300,9 +293,11 @@ class _Conv(torch.autograd.Function):
         dx = dw = dbn_weight = dbn_bias = None
         if wants_weight:
             recomputes = pending and y is None
+            # Vendors do not normalise what they load.
+            backend = "triton" if recomputes and options.backend == "library" else options.backend
             dw = weight_gradient(
                 dz, x if y is None else y, weight.shape, weight.dtype, *options.geometry,
-                *(vectors if recomputes else (None,) * 4), *ctx.act, options.backend,
+                *(vectors if recomputes else (None,) * 4), *ctx.act, backend,
             )  # fmt: skip
         if wants_x or wants_bn_weight or wants_bn_bias:
             through = (z, mask, *vectors) if z is not None else (None,) * 6

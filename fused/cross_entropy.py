@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import in_transform
@@ -221,19 +220,10 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.backend = inputs[-1]
 
     @staticmethod
+    @dispatch.once_differentiable
     def backward(ctx, dloss, *_):
-        dx = None
-        if dloss is not None:
-            if torch.is_grad_enabled() and not dloss.requires_grad:
-                # A second derivative would be the logits' too, not of dloss alone: it is to be refused.
-                dloss = dloss.detach().requires_grad_()
-            dx = _scale_once(ctx, dloss)
+        dx = None if dloss is None else _backward(dloss, *ctx.saved_tensors, ctx.backend)
         return dx, *[None] * 10
-
-
-@once_differentiable
-def _scale_once(ctx, dloss: Tensor) -> Tensor:
-    return _backward(dloss, *ctx.saved_tensors, ctx.backend)
 
 
 def _autograd(logits, target, weight, teacher, *options):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import difflib
+import functools
 import os
 from collections.abc import Callable, Iterator
 
@@ -123,6 +124,28 @@ def register(
         register_flop_formula(packet)(flops)
     _bodies[packet.default] = body
     return packet.default
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """For the backward of an ``autograd.Function``: differentiating through it raises.
+
+    PyTorch's decorator of that name lets a gradient through as a constant where only the saved tensors, and
+    not the incoming gradient, depend on what is differentiated: a gradient penalty would silently be wrong.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or not any(isinstance(r, Tensor) for r in results):
+            return results
+        message = b"a fused layer cannot be differentiated twice; use the stock network, see fastnets.restore"
+        raises = torch._C._functions.DelayedError(message, sum(isinstance(r, Tensor) for r in results))
+        found = raises(*[r.detach().requires_grad_() for r in results if isinstance(r, Tensor)])
+        found = iter(found if isinstance(found, tuple) else (found,))
+        return tuple(next(found) if isinstance(r, Tensor) else r for r in results)
+
+    return wrapped
 
 
 def body_of(op: torch._ops.OpOverload) -> Callable | None:

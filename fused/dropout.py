@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import in_transform
@@ -170,7 +169,7 @@ class _Dropout(torch.autograd.Function):
         ctx.save_for_backward(seed)
 
     @staticmethod
-    @once_differentiable
+    @dispatch.once_differentiable
     def backward(ctx, dy):
         dx = None
         if ctx.needs_input_grad[0]:

@@ -15,7 +15,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
@@ -177,7 +176,7 @@ class _GroupNormAct(torch.autograd.Function):
         ctx.save_for_backward(x, mean, rstd, weight, bias, kept)
 
     @staticmethod
-    @once_differentiable
+    @dispatch.once_differentiable
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 9

@@ -87,18 +87,31 @@ def _is_unobserved_training(x: object) -> bool:
 
 
 def _train_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
-    ours = False  # the first input is the caller's
+    ours = _now.private is input  # else it is the caller's
     for module in sequential:
-        before = _now.private
-        # One reference is this frame's variable, one the argument of the count itself.
-        alone = ours and sys.getrefcount(input) <= 2 and not any(map(has_hooks, module.modules()))
-        _now.private = input if alone else None
-        try:
-            input = module(input)
-        finally:
-            _now.private = before
+        # One reference is this frame's variable, one the argument of the count itself; a private input has
+        # more, in the frames between.
+        alone = _now.private is input or (ours and sys.getrefcount(input) <= 2)
+        input = _call(module, input, alone)
         ours = True
     return input
+
+
+def call_on_private(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` in a graph where no other node reads ``x``, the result of another module's call."""
+    if not _is_unobserved_training(x):
+        return module(x)
+    # The references of the calling frame's variable, of this one's, and of the argument of the count itself.
+    return _call(module, x, sys.getrefcount(x) <= 3)
+
+
+def _call(module: nn.Module, x: Tensor, alone: bool) -> Tensor:
+    before = _now.private
+    _now.private = x if alone and not any(map(has_hooks, module.modules())) else None
+    try:
+        return module(x)
+    finally:
+        _now.private = before
 
 
 def _consents(module: nn.Module) -> bool:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
@@ -193,7 +192,7 @@ class _MaxPool(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @dispatch.once_differentiable
     def backward(ctx, dy, _):
         dx = None
         if dy is not None:
@@ -284,7 +283,7 @@ class _AveragePool(torch.autograd.Function):
         ctx.size, ctx.channels_last = x.shape[2:], is_channels_last(x)
 
     @staticmethod
-    @once_differentiable
+    @dispatch.once_differentiable
     def backward(ctx, dy):
         dx = _average_backward(dy, ctx.size, ctx.channels_last, *ctx.arguments)
         return dx, *[None] * len(ctx.arguments)

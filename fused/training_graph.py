@@ -7,7 +7,8 @@ Both rest on who reads a value, which a graph of one container tells:
 * a value that a convolution and others read goes to the others through the convolution (``forks``), whose
   input gradient then adds theirs without a pass of its own;
 * a convolution through which all readers of the forward's input read it may finish that input's gradient for
-  the block below (``sole``, see ``conv_training``).
+  the block below (``sole``, see ``conv_training``); from one called module to the next, the graph passes on
+  that nobody else reads what it hands over (``call_on_private``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import fx
 from fastnets.fused.batch_norm import call_bn_add_act
 from fastnets.fused.conv import call_conv_bn_act
 from fastnets.fused.layout import restore_layout
+from fastnets.fused.ownership import call_on_private
 from fastnets.fused.patterns import call_bn_iadd_act, call_conv_bn_iadd_act, writes
 
 # Position of x; the residual comes next.
@@ -33,19 +35,39 @@ def link(graph: fx.Graph, save: str) -> int:
     """
     marks = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _X:
-            continue
-        if _may_stay_pending(node):
-            node.kwargs = {**node.kwargs, "defers": True}
-            marks += 1
-        if node.target in _CONVOLUTIONS and save != "auto":
-            node.kwargs = {**node.kwargs, "save": save}
-        if node.target is call_conv_bn_act:
-            marks += _fork(graph, node)
-            x = node.args[_X[node.target]]
-            if isinstance(x, fx.Node) and x.op == "placeholder" and readers_of(x) == [node]:
-                node.kwargs = {**node.kwargs, "sole": True}
+        if node.op == "call_function" and node.target in _X:
+            marks += _link_call(graph, node, save)
+        if node.op == "call_module" and _hands_over(node):
+            with graph.inserting_before(node):
+                module = graph.get_attr(node.target)
+                call = graph.call_function(call_on_private, (module, node.args[0]))
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
     return marks
+
+
+def _link_call(graph: fx.Graph, node: fx.Node, save: str) -> int:
+    marks = 0
+    if _may_stay_pending(node):
+        node.kwargs = {**node.kwargs, "defers": True}
+        marks += 1
+    if node.target in _CONVOLUTIONS and save != "auto":
+        node.kwargs = {**node.kwargs, "save": save}
+    if node.target is call_conv_bn_act:
+        marks += _fork(graph, node)
+        x = node.args[_X[node.target]]
+        if isinstance(x, fx.Node) and x.op == "placeholder" and readers_of(x) == [node]:
+            node.kwargs = {**node.kwargs, "sole": True}
+    return marks
+
+
+def _hands_over(node: fx.Node) -> bool:
+    """Whether the node calls a module on what another call of a module made for it alone."""
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return False
+    made = node.args[0]
+    called = made.op == "call_module" or made.target is call_on_private
+    return called and readers_of(made) == [node]
 
 
 def _may_stay_pending(node: fx.Node) -> bool:
