@@ -128,11 +128,15 @@ def weight_gradient_seconds(
 
 
 def weight_gradient_candidates(
-    element_size: int, precision: str, device: Device, vectors: bool
+    element_size: int, precision: str, device: Device, vectors: bool, normalizes: bool
 ) -> list[Config]:
-    """Configs that leave registers for the addresses of a call: see ``choose_weight_gradient``."""
+    """Configs that leave registers for what a call computes: see ``choose_weight_gradient``."""
     table = table_configs(TABLE, products_of(element_size, precision, device), device)
-    return [c for c in table if suits(c, TABLE, vectors, False)]
+    table = [c for c in table if suits(c, TABLE, vectors, False)]
+    if not normalizes:
+        return table
+    # x passes through registers, beside the accumulator.
+    return [c for c in table if (c.BLOCK_M + c.BLOCK_K) * c.BLOCK_N <= 96 * 32 * c.num_warps]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,16 +146,18 @@ def choose_weight_gradient(
     precision: str,
     device: Device,
     vectors: bool = True,
+    normalizes: bool = False,
     config: Config | None = None,
 ) -> tuple[Config, int]:
     """The config, if it is not given, and the number of shares.
 
     Of the pairs that are predicted to take at most SLACK times as long as the fastest, that with the smallest
     workspace. vectors: operands load several elements at a time, not one by one, each from its own address.
+    normalizes: there is a prologue.
     """
     tried = [config]
     if config is None:
-        tried = weight_gradient_candidates(element_size, precision, device, vectors)
+        tried = weight_gradient_candidates(element_size, precision, device, vectors, normalizes)
         # As in conv_configs.choose_config: 4 warps for filters of several taps until something is measured.
         tried = [c for c in tried if shape.taps == 1 or c.num_warps <= 4] or tried
     predicted = {

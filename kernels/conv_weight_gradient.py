@@ -263,6 +263,7 @@ def _plan(
     precision: str,
     dy: tuple[int, ...],
     x: tuple[int, ...],
+    normalizes: bool,
     config: Config | None,
     splits: int | None,
     device: Device,
@@ -272,7 +273,9 @@ def _plan(
     extent = max(span(sizes_x, x), span(sizes_dy, dy))
     x, dy = stepping(sizes_x, x), stepping(sizes_dy, dy)
     vectors = min(vector_widths(shape, element_size, dy, x)) > 1
-    config, chosen = choose_weight_gradient(shape, element_size, precision, device, vectors, config)
+    config, chosen = choose_weight_gradient(
+        shape, element_size, precision, device, vectors, normalizes, config
+    )
     splits = chosen if splits is None else min(splits, ceil_div(shape.M, config.BLOCK_K))
     if config.maxnreg is None and config.BLOCK_M < 64:
         # Left to itself, ptxas spills on sm_90 to fit one more block.
@@ -321,8 +324,8 @@ def weight_gradient(call: WeightGradientCall) -> torch.Tensor:
     if shape.M == 0:
         return dw.zero_()
     config, grid, arguments, flags = _plan(
-        shape, call.dy.element_size(), call.precision, call.dy.stride(), call.x.stride(), call.config,
-        call.splits, current_device(call.dy),
+        shape, call.dy.element_size(), call.precision, call.dy.stride(), call.x.stride(),
+        call.prologue is not None, call.config, call.splits, current_device(call.dy),
     )  # fmt: skip
     vectors, activation, slope = (None,) * 4, "none", 0.0
     if call.prologue is not None:
@@ -366,7 +369,7 @@ def representative_calls() -> list[RepresentativeCall]:
             image, device = tensor(*x), current_device(dy)
             vectors = min(vector_widths(shape, dtype.itemsize, dy.stride(), image.stride())) > 1
             if config is not None and config not in weight_gradient_candidates(
-                dtype.itemsize, precision, device, vectors
+                dtype.itemsize, precision, device, vectors, prologue is not None
             ):
                 raise UnsupportedConfig(f"{name}: {config} is never chosen for such a call")
             return weight_gradient(
