@@ -102,7 +102,8 @@ def call_on_private(module: nn.Module, x: Tensor) -> Tensor:
     if not _is_unobserved_training(x):
         return module(x)
     # The references of the calling frame's variable, of this one's, and of the argument of the count itself.
-    return _call(module, x, sys.getrefcount(x) <= 3)
+    alone = sys.getrefcount(x) <= 3
+    return _call(module, x, alone)
 
 
 def _call(module: nn.Module, x: Tensor, alone: bool) -> Tensor:
