@@ -36,7 +36,7 @@ __all__ = [
 TABLE = "weight gradient"
 
 # Bytes that are moved are certain and predicted times are not: so much more of the latter may save bytes.
-SLACK = 1.25
+SLACK = 1.4
 
 
 def mirrored(shape: ConvShape) -> ConvShape:
