@@ -300,15 +300,22 @@ class _Conv(torch.autograd.Function):
                 *(vectors if recomputes else (None,) * 4), *ctx.act, backend,
             )  # fmt: skip
         if wants_x or wants_bn_weight or wants_bn_bias:
-            through = (z, mask, *vectors) if z is not None else (None,) * 6
+            act = ctx.act
+            # Only our kernels go through the activation at once; after a vendor's, the passes over z do.
+            passes = pending and options.backend == "library"
+            through = (z, mask, *vectors) if z is not None and not passes else (None,) * 6
             dx, sums = input_gradient(
-                dz, weight, ctx.input_shape, *options.geometry, forked, *through, *ctx.act, options.backend
+                dz, weight, ctx.input_shape, *options.geometry, forked, *through, *act, options.backend
             )
+            if passes:
+                _, sums = norms.sums_of(dx, z, *vectors, None, None, *act, False, "triton")
+            elif pending:
+                act = ("none", 0.0)
             if ctx.below is not None:
                 ctx.below.given = dx, sums
             elif pending:
                 dx, dbn_weight, dbn_bias = norms.gradients_below(
-                    dx, z, tuple(vectors), sums, count, options.batch, options.group, "none", 0.0,
+                    dx, z, tuple(vectors), sums, count, options.batch, options.group, *act,
                     passes_on(options.backend), (wants_x, wants_bn_weight, wants_bn_bias),
                 )  # fmt: skip
         dbias = dz.sum((0, 2, 3)) if wants_bias else None

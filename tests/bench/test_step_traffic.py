@@ -75,7 +75,9 @@ def test_resnet50_moves_and_saves_what_is_promised():
     assert found.share("triton") <= 0.64, str(found)
     for way in ways[1:]:
         assert found.saved_share(way) <= (0.80 if way.endswith("less") else 0.97), str(found)
-        assert found.traffic[way].launches <= found.traffic["eager"].launches, str(found)
+        # Weight gradients of ours between a vendor's calls: some are summed by a launch of their own.
+        allowed = 1.04 if way == "library-less" else 1.0
+        assert found.traffic[way].launches <= allowed * found.traffic["eager"].launches, str(found)
 
 
 @pytest.mark.slow
