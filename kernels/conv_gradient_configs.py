@@ -60,8 +60,12 @@ def input_gradient_candidates(
 ) -> list[Config]:
     """Configs that leave registers for a call's addresses; vectors, crowded: see ``conv_configs.suits``."""
     table = table_of(shape)
-    configs = table_configs(table, products_of(element_size, precision, device), device)
-    return [c for c in configs if suits(c, table, vectors, crowded)]
+    products = products_of(element_size, precision, device)
+    configs = [c for c in table_configs(table, products, device) if suits(c, table, vectors, crowded)]
+    if table == "packed" and products == "fma" and not vectors:
+        # Each element has an address of its own, beside operands that wait in registers.
+        return [c for c in configs if c.BLOCK_M <= 32]
+    return configs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,11 +132,11 @@ def weight_gradient_seconds(
 
 
 def weight_gradient_candidates(
-    element_size: int, precision: str, device: Device, vectors: bool, normalizes: bool
+    element_size: int, precision: str, device: Device, vectors: bool, wide: bool, normalizes: bool
 ) -> list[Config]:
     """Configs that leave registers for what a call computes: see ``choose_weight_gradient``."""
     table = table_configs(TABLE, products_of(element_size, precision, device), device)
-    table = [c for c in table if suits(c, TABLE, vectors, False)]
+    table = [c for c in table if suits(c, TABLE, vectors, wide)]
     if not normalizes:
         return table
     # x passes through registers, beside the accumulator.
@@ -146,6 +150,7 @@ def choose_weight_gradient(
     precision: str,
     device: Device,
     vectors: bool = True,
+    wide: bool = False,
     normalizes: bool = False,
     config: Config | None = None,
 ) -> tuple[Config, int]:
@@ -153,11 +158,11 @@ def choose_weight_gradient(
 
     Of the pairs that are predicted to take at most SLACK times as long as the fastest, that with the smallest
     workspace. vectors: operands load several elements at a time, not one by one, each from its own address.
-    normalizes: there is a prologue.
+    wide: offsets take 64 bits. normalizes: there is a prologue.
     """
     tried = [config]
     if config is None:
-        tried = weight_gradient_candidates(element_size, precision, device, vectors, normalizes)
+        tried = weight_gradient_candidates(element_size, precision, device, vectors, wide, normalizes)
         # As in conv_configs.choose_config: 4 warps for filters of several taps until something is measured.
         tried = [c for c in tried if shape.taps == 1 or c.num_warps <= 4] or tried
     predicted = {

@@ -313,6 +313,9 @@ def _plan(
     if config is None:
         config = choose_input_gradient(shape, element_sizes[0], precision, device, lies.vectors, lies.crowded)
     wide = lies.wide
+    if config.maxnreg is None and element_sizes[0] == 4:
+        # Left to itself, ptxas spills on sm_80 to fit one more block.
+        config = config.replace(maxnreg=255)
     if config.SPLIT_K > 1:
         wide |= config.SPLIT_K * shape.N * shape.C * shape.H * shape.W > INT32_ELEMENTS
     pack = 1

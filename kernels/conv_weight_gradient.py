@@ -271,14 +271,15 @@ def _plan(
     """What follows from sizes and the strides of dy and x: (config, grid, arguments N to x_w, flags)."""
     sizes_x, sizes_dy = (shape.N, shape.C, shape.H, shape.W), (shape.N, shape.K, shape.P, shape.Q)
     extent = max(span(sizes_x, x), span(sizes_dy, dy))
+    wide = extent > INT32_ELEMENTS
     x, dy = stepping(sizes_x, x), stepping(sizes_dy, dy)
     vectors = min(vector_widths(shape, element_size, dy, x)) > 1
     config, chosen = choose_weight_gradient(
-        shape, element_size, precision, device, vectors, normalizes, config
+        shape, element_size, precision, device, vectors, wide, normalizes, config
     )
     splits = chosen if splits is None else min(splits, ceil_div(shape.M, config.BLOCK_K))
-    if config.maxnreg is None and config.BLOCK_M < 64:
-        # Left to itself, ptxas spills on sm_90 to fit one more block.
+    if config.maxnreg is None and (config.BLOCK_M < 64 or element_size == 4):
+        # Left to itself, ptxas spills to fit one more block: small tiles on sm_90, fp32 on sm_80.
         config = config.replace(maxnreg=255)
     pack = groups_packed(shape, config)
     C, K = pack * shape.group_channels, pack * shape.group_outputs
@@ -311,7 +312,7 @@ def _plan(
         "ONE_TAP": shape.taps == 1 or C % config.BLOCK_N == 0,
         "FLAT_DY": dy_pitch is not None,
         "FLAT_X": x_pitch is not None,
-        "WIDE": max(extent, splits * shape.K * shape.group_channels * shape.taps) > INT32_ELEMENTS,
+        "WIDE": wide or splits * shape.K * shape.group_channels * shape.taps > INT32_ELEMENTS,
     }
     return config, (tiles, bundles, splits), arguments, flags
 
@@ -368,9 +369,11 @@ def representative_calls() -> list[RepresentativeCall]:
                 prologue = Prologue(*(torch.empty(shape.C, device="meta") for _ in range(4)), activation)
             image, device = tensor(*x), current_device(dy)
             vectors = min(vector_widths(shape, dtype.itemsize, dy.stride(), image.stride())) > 1
-            if config is not None and config not in weight_gradient_candidates(
-                dtype.itemsize, precision, device, vectors, prologue is not None
-            ):
+            wide = max(image.numel(), dy.numel()) > INT32_ELEMENTS
+            served = weight_gradient_candidates(
+                dtype.itemsize, precision, device, vectors, wide, prologue is not None
+            )
+            if config is not None and config not in served:
                 raise UnsupportedConfig(f"{name}: {config} is never chosen for such a call")
             return weight_gradient(
                 WeightGradientCall(shape, dy, image, prologue, dtype, precision, config, splits)
