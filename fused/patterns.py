@@ -27,6 +27,7 @@ from fastnets.fused.batch_norm import call_bn_add_act
 from fastnets.fused.capture import IN_PLACE_OPERATORS, iadd
 from fastnets.fused.conv import call_conv_bn_act
 from fastnets.fused.conv_training import Pending
+from fastnets.fused.group_norm import GROUP_NORMS, call_group_norm_act
 from fastnets.fused.layout import LayoutError
 from fastnets.fused.ownership import GIVEN, MADE_HERE
 from fastnets.fused.pool import POOLS, call_pool2d
@@ -64,7 +65,13 @@ _ADD_METHODS = ("add", "add_")
 _IN_PLACE_FUNCTIONS = frozenset([*IN_PLACE_OPERATORS.values(), operator.setitem, operator.delitem])
 _FRESH_FUNCTIONS = frozenset(
     [operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.cat]
-    + [torch.nn.functional.avg_pool2d, torch.nn.functional.max_pool2d, call_pool2d, *_CALLS]
+    + [
+        torch.nn.functional.avg_pool2d,
+        torch.nn.functional.max_pool2d,
+        call_pool2d,
+        call_group_norm_act,
+        *_CALLS,
+    ]
 )
 _FRESH_MODULES = (nn.modules.conv._ConvNd, _BatchNorm, nn.Linear, nn.MaxPool2d, nn.AvgPool2d, nn.LayerNorm)
 
@@ -139,6 +146,7 @@ def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[s
         for node in reversed(list(graph.nodes)):
             if rewriter.calls(node, is_head):
                 rewriter.fuse_from(node)
+    rewriter.replace_group_norms()
     rewriter.replace_pools()
     rewriter.memory.forget()
     if (node := rewriter.memory.write_seen_through_reshape()) is not None:
@@ -326,15 +334,41 @@ class _Rewriter:
             )
         )
 
+    def replace_group_norms(self) -> None:
+        """Group and instance norms with the activation that alone reads them, as one call."""
+        for node in list(self.graph.nodes):
+            if not self.calls(node, lambda module: type(module) in GROUP_NORMS) or len(node.users) != 1:
+                continue
+            act = next(iter(node.users))
+            found = self._activation(act)
+            if found is None or found[0] == "none" or act.args[0] is not node:
+                continue
+            if self.memory.write_between([node, act], node, node.args[0]) is not None:
+                continue
+            with self.graph.inserting_before(act):
+                norm = self.graph.get_attr(node.target)
+                module = self.graph.get_attr(act.target) if act.op == "call_module" else None
+                call = self.graph.call_function(
+                    call_group_norm_act, (norm, module, node.args[0], *found, self._unfolding)
+                )
+            act.replace_all_uses_with(call)
+            for done in (act, node):
+                self.graph.erase_node(done)
+            self.memory.forget()
+
+    @property
+    def _unfolding(self) -> str:
+        """The backend of calls that fold nothing anyway."""
+        return "auto" if self.backend == dispatch.UNFOLDED else self.backend
+
     def replace_pools(self) -> None:
         """Pooling by the op that keeps one byte for each window, or nothing, where stock keeps eight."""
-        backend = "auto" if self.backend == dispatch.UNFOLDED else self.backend  # pools fold nothing
         for node in list(self.graph.nodes):
             if not self.calls(node, lambda module: type(module) in POOLS):
                 continue
             with self.graph.inserting_before(node):
                 pool = self.graph.get_attr(node.target)
-                call = self.graph.call_function(call_pool2d, (pool, node.args[0], backend))
+                call = self.graph.call_function(call_pool2d, (pool, node.args[0], self._unfolding))
             node.replace_all_uses_with(call)
             self.graph.erase_node(node)
 

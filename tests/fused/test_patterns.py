@@ -302,3 +302,24 @@ def test_same_module_under_two_names():
     assert graphs(fast).count("call_conv_bn_act(") == 2
     assert_same_answers(stock, fast, images(2, 4, 6, 6))
     assert copy.deepcopy(fast).a is not fast.a
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 6), lambda: nn.InstanceNorm2d(6, affine=True)])
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.SiLU()], ids=["relu", "silu"])
+def test_group_norms_take_their_activation(norm, act):
+    stock = settled(nn.Sequential(nn.Conv2d(4, 6, 3), norm(), act, nn.MaxPool2d(2)))
+    fast = fastnets.optimize(stock)
+    assert "call_group_norm_act" in graphs(fast)
+    assert "call_pool2d" in graphs(fast)
+    for backend in ("auto", "reference"):
+        with fastnets.backend(backend):
+            assert_same_answers(stock, fast, images(2, 4, 9, 9))
+            stock.train(), fast.train()
+            results = []
+            for model in (stock, fast):
+                model.zero_grad()
+                model(images(2, 4, 9, 9)).square().sum().backward()
+                results.append([p.grad for p in model.parameters()])
+            for s, f in zip(*results):
+                torch.testing.assert_close(f, s, rtol=1e-3, atol=1e-3)
+            stock.eval(), fast.eval()
