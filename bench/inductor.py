@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
 from fastnets.bench.counter import Counter, Traffic
@@ -83,7 +83,9 @@ def count_compiled(model: nn.Module, x: Tensor, *, gpu: str | Device | None = No
 def _like(t: Any) -> Any:
     if not isinstance(t, Tensor):
         return t
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    # Graphs are lowered inside of autograd's fake mode; its tensors could not meet those of a wrapper.
+    with unset_fake_temporarily():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 # --- capturing and lowering

@@ -62,6 +62,18 @@ def test_batch_norm_reads_twice_and_writes_once():
     assert compiled.saved_bytes <= eager.saved_bytes + maps[1] // FLOAT  # at most a mask more
 
 
+def test_the_incoming_gradient_goes_straight_into_a_vendors_op():
+    """As under the classifier at the end of a network: no kernel of Inductor's stands between."""
+    network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 48, bias=False)).to("meta")
+    traffic = count_compiled(network, torch.empty(16, 64, device="meta"), gpu="h100")
+    products = [r.moved for r in traffic.records if r.in_backward and r.op == "aten.mm"]
+    dy, y, weight = 16 * 48, 16 * 32, 48 * 32
+    first = 16 * 32 + 16 * 64 + 32 * 64  # of the first layer's weight; the images need no gradient
+    expected = [FLOAT * size for size in (dy + y + weight, dy + weight + y, first)]
+    assert sorted(moved.bytes for moved in products) == sorted(expected)
+    assert sum(moved.flops for moved in products) == 2 * 16 * (2 * 48 * 32 + 32 * 64)
+
+
 def test_a_loop_that_reads_again_is_a_second_pass():
     class Centred(nn.Module):
         """Rows too long for one block: their mean is one loop, the difference another."""
