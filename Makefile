@@ -19,10 +19,11 @@ OLDEST_STAMP = $(OLDEST_VENV)/.installed
 # One thread in each test process: the processes already fill the cores.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-.PHONY: help install demo test test-slow test-oldest-triton aot lint format bench figures readme-table dist clean
+.PHONY: help install demo test test-slow test-oldest-triton aot aot-sample lint format bench figures readme-table \
+	dist clean
 
 help:
-	@echo "make demo | test | test-slow | test-oldest-triton | aot | lint | format | bench | figures | readme-table | dist | clean"
+	@echo "make demo | test | test-slow | test-oldest-triton | aot | aot-sample | lint | format | bench | figures | readme-table | dist | clean"
 
 install: $(STAMP)
 
@@ -58,6 +59,10 @@ test-oldest-triton: $(OLDEST_STAMP)
 # Compiles every kernel, shipped configuration and architecture ahead of time, and records what came out.
 aot: $(STAMP)
 	$(RUN) -m fastnets.bench.static --full $(ARGS)
+
+# Three hundred cases of those, always the same.
+aot-sample: $(STAMP)
+	$(RUN) -m fastnets.bench.static --sample 300 --quiet $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
