@@ -399,8 +399,9 @@ class Made(NamedTuple):
 
 def how_it_was_made(y: Tensor) -> Made | None:
     """How batch norm made ``y``, where a gradient that went through the activation may do so once more
-    without harm, as one with another reader's gradient added to it would."""
-    return getattr(y, "_fastnets_made", None)
+    without harm, as one with another reader's gradient added to it would. None where ``y`` was written to
+    since, by what sees the gradient first."""
+    return getattr(y, "_fastnets_made", None) if type(y.grad_fn) is _Training._backward_cls else None
 
 
 def _training_autograd(*args):

@@ -463,7 +463,7 @@ def call_conv_bn_act(
     call is the residual's last reader (see ``fused.ownership``). ``training``: set in graphs of training
     forwards, see ``conv_training.train``, which serves layers in training mode.
     """
-    if training or conv.training or (bn is not None and bn.training):
+    if training or conv.training or (bn is not None and bn.training) or x.__class__ is Pending:
         return _call_in_training(conv, bn, act, x, residual, activation, negative_slope, backend, **training)
     return _call(conv, bn, act, x, residual, activation, negative_slope, backend, residual_dies)
 

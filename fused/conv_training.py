@@ -422,9 +422,11 @@ def train(
         statistics = "none" if not batch else "merged" if group else "final"
         eps = 0.0 if bn is None else bn.eps
         options = (conv.stride, padding, conv.dilation, conv.groups)
-        z, first, second, other = convolve(
-            x, weight, bias, running, options, eps, statistics, save, how, forks, made
+        padded = x is not other  # then other readers go past the convolution
+        z, first, second, through = convolve(
+            x, weight, bias, running, options, eps, statistics, save, how, forks and not padded, made
         )
+        other = other if padded else through
         norm = None
         if batch:
             norm = norms.from_statistics(bn, z, first, second, group, *running, passes)

@@ -102,17 +102,27 @@ def call_on_private(module: nn.Module, x: Tensor) -> Tensor:
     if not _is_unobserved_training(x):
         return module(x)
     # The references of the calling frame's variable, of this one's, and of the argument of the count itself.
-    alone = sys.getrefcount(x) <= 3
+    alone = _now.private is x or sys.getrefcount(x) <= 3
     return _call(module, x, alone)
 
 
 def _call(module: nn.Module, x: Tensor, alone: bool) -> Tensor:
     before = _now.private
-    _now.private = x if alone and not any(map(has_hooks, module.modules())) else None
+    observed = not alone or x._backward_hooks or x.retains_grad or not _keeps_private(module)
+    _now.private = None if observed or any(map(has_hooks, module.modules())) else x
     try:
         return module(x)
     finally:
         _now.private = before
+
+
+def _keeps_private(module: nn.Module) -> bool:
+    """Whether the forward is known not to show its input to anybody: code of the user's own might keep it, or
+    compute it again under a checkpoint."""
+    if type(module) is nn.Sequential:
+        return len(module) > 0 and _keeps_private(module[0])
+    blueprint = getattr(type(module), "_fastnets", None)
+    return blueprint is not None and blueprint.keeps_private
 
 
 def _consents(module: nn.Module) -> bool:

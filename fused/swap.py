@@ -53,7 +53,7 @@ from fastnets.fused.patterns import (
     is_convolution,
     mark_dying_residuals,
 )
-from fastnets.fused.training_graph import link
+from fastnets.fused.training_graph import link, shows_input
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"_modules"}
 _GRAPH_HEADER = re.compile(r"^def forward\(", re.MULTILINE)
@@ -120,6 +120,7 @@ class Blueprint:
         self.source = ""
         self.hides_layout = True
         self.overwrites = False
+        self.keeps_private = False
         self.scope: dict[str, object] = {}
 
     def __reduce__(self):
@@ -541,6 +542,11 @@ def _generate(
     blueprint.hides_layout = hides_layout(stock, variants)
     blueprint.scope = scope
     blueprint.overwrites = any(variant.overwrites for variant in variants.values())
+    blueprint.keeps_private = all(
+        variant.captured is not None and not shows_input(variant.captured.graph)
+        for condition, variant in variants.items()
+        if condition.training and condition.kind is Tensor
+    )
     if recipe.splits_batches:
         forward = in_chunks(forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls))
     attributes = {

@@ -62,12 +62,20 @@ def _link_call(graph: fx.Graph, node: fx.Node, save: str) -> int:
 
 
 def _hands_over(node: fx.Node) -> bool:
-    """Whether the node calls a module on what another call of a module made for it alone."""
+    """Whether the node calls a module on the graph's input or on what another call of a module made, and
+    nothing else reads that."""
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         return False
     made = node.args[0]
-    called = made.op == "call_module" or made.target is call_on_private
+    called = made.op in ("call_module", "placeholder") or made.target is call_on_private
     return called and readers_of(made) == [node]
+
+
+def shows_input(graph: fx.Graph) -> bool:
+    """Whether a linked graph calls a module on its input otherwise than by ``call_on_private``: it might keep
+    it."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    return any(r.op == "call_module" for node in inputs for r in node.users)
 
 
 def _may_stay_pending(node: fx.Node) -> bool:
@@ -88,6 +96,10 @@ def readers_of(node: fx.Node) -> list[fx.Node]:
     return [r for r in node.users if r.target is not restore_layout or r.args[0] is node]
 
 
+def _goes_out(node: fx.Node) -> bool:
+    return node.op == "output" or node.target is restore_layout
+
+
 def _fork(graph: fx.Graph, node: fx.Node) -> int:
     """Let the later readers of a convolution's input read it from the convolution."""
     x = node.args[_X[call_conv_bn_act]]
@@ -96,7 +108,8 @@ def _fork(graph: fx.Graph, node: fx.Node) -> int:
         return 0
     order = {n: i for i, n in enumerate(graph.nodes)}
     readers = readers_of(x)
-    later = [r for r in readers if order[r] > order[node]]
+    # The caller may ask for the gradient of what it is given: all of it, not what the other readers add.
+    later = [r for r in readers if order[r] > order[node] and not _goes_out(r)]
     # Modules might write in place, which views that a function returns do not allow.
     if not later or any(writes(r) or r.op == "call_module" for r in readers):
         return 0

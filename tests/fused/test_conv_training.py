@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 import fastnets
 from fastnets.fused import batch_norm_training as norms
@@ -392,6 +393,146 @@ def test_whoever_looks_between_blocks_sees_whole_gradients():
             (gradient,) = torch.autograd.grad(y.sum(), between)
         seen[name] = gradient
     torch.testing.assert_close(seen["fast"], seen["stock"], rtol=1e-9, atol=1e-11)
+
+
+class Layer(nn.Module):
+    """Convolution, batch norm, activation."""
+
+    def __init__(self, act=nn.ReLU):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.act = act()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+class Padded(nn.Module):
+    """x has a reader beside a convolution that pads in a way of its own."""
+
+    def __init__(self, size, **options):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, size, **options), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.sigmoid(self.bn(self.conv(x))) * x
+
+
+class Preactivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.conv.eval()
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.bn(x)))
+
+
+class Shift(nn.Module):
+    """Writes to what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.linspace(-1, 1, 8).view(8, 1, 1))
+
+    def forward(self, x):
+        x += self.by
+        return x
+
+
+class Keeps(nn.Module):
+    """A forward that is not captured, around a layer that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.kept = Layer(), []
+
+    def forward(self, x):
+        self.kept.append(x)
+        return self.layer(x)
+
+
+class Checkpointed(Keeps):
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+class Between(nn.Module):
+    """A module between two layers that may leave parts of gradients to each other."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.middle, self.last = Layer(nn.ReLU6), middle, Layer()
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+class Features(nn.Module):
+    """Returns what it goes on to use."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return x, torch.relu(self.bn2(self.conv2(x)))
+
+
+def of_parameters(net, x):
+    return torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+
+
+def of_what_is_kept(net, x):
+    y = net(x).square().sum()
+    return torch.autograd.grad(y, [t for m in net.modules() if isinstance(m, Keeps) for t in m.kept])
+
+
+def of_features(net, x):
+    features = net(x)
+    return torch.autograd.grad(sum(y.square().sum() for y in features), features)
+
+
+def of_a_hooked_output(net, x):
+    seen = []
+
+    def hook(module, inputs, y):
+        y.register_hook(seen.append)
+
+    net.middle.register_forward_hook(hook)
+    net(x).square().sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "make, gradients",
+    [
+        (lambda: Padded(4, padding="same"), of_parameters),
+        (lambda: Padded(3, padding=1, padding_mode="reflect"), of_parameters),
+        (Preactivation, of_parameters),
+        (lambda: Between(Shift()), of_parameters),
+        (lambda: Between(Checkpointed()), of_parameters),
+        (lambda: Between(Keeps()), of_what_is_kept),
+        (lambda: Between(nn.Sequential(Keeps())), of_what_is_kept),
+        (lambda: Between(Layer()), of_a_hooked_output),
+        (lambda: nn.Sequential(Features()), of_features),
+    ],
+    ids=["padded by a pixel", "padded by reflection", "a frozen reader", "written in place", "checkpointed",
+         "kept", "kept, in a Sequential", "hooked", "returned"],
+)  # fmt: skip
+def test_networks_that_look_at_what_is_passed_on(make, gradients):
+    torch.manual_seed(0)
+    model = make().double()
+    fast = fastnets.optimize(model)
+    x = torch.randn(2, 8, 7, 7, dtype=torch.float64).contiguous(memory_format=LAST)
+    theirs = gradients(model, x)
+    with fastnets.backend("reference"):
+        ours = gradients(fast, x)
+    assert len(ours) == len(theirs) > 0
+    for found, expected in zip(ours, theirs):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
 def opcheck_cases():
