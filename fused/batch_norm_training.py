@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastnets.fused import dispatch
 from fastnets.fused.activation import activation as activation_of
@@ -397,11 +398,15 @@ class Made(NamedTuple):
     activation: str
 
 
+# Not an attribute of y, which would be pickled with it.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def how_it_was_made(y: Tensor) -> Made | None:
     """How batch norm made ``y``, where a gradient that went through the activation may do so once more
     without harm, as one with another reader's gradient added to it would. None where ``y`` was written to
     since, by what sees the gradient first."""
-    return getattr(y, "_fastnets_made", None) if type(y.grad_fn) is _Training._backward_cls else None
+    return _made.get(y) if type(y.grad_fn) is _Training._backward_cls else None
 
 
 def _training_autograd(*args):
@@ -415,7 +420,7 @@ def _training_autograd(*args):
                 mask = None
             kept = [None if t is None else t.detach() for t in (x, weight, bias)]
             norm = Normalization(mean, rstd, *kept[1:], count, batch, group)
-            y._fastnets_made = Made(kept[0], norm, mask, activation)
+            _made[y] = Made(kept[0], norm, mask, activation)
         return y
     with torch._C._AutoDispatchBelowAutograd():
         return _training(*args)

@@ -535,6 +535,15 @@ def test_networks_that_look_at_what_is_passed_on(make, gradients):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
+def test_results_are_saved_as_tensors(tmp_path):
+    fast = fastnets.optimize(Layer())
+    with fastnets.backend("reference"):
+        y = fast(torch.randn(2, 8, 7, 7).contiguous(memory_format=LAST))
+    torch.save(y, tmp_path / "y.pt")
+    assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), y)
+    assert (tmp_path / "y.pt").stat().st_size < 2 * y.nbytes + 2048
+
+
 def opcheck_cases():
     x, weight, bias, gamma, beta, options = geometry({})
     mean, rstd = torch.randn(4).double(), torch.rand(4).double() + 0.5
