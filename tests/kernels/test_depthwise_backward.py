@@ -58,7 +58,7 @@ def input_gradient(lane, dy, weight, shape, geometry, **options):
     dy, weight = lane.put(dy), lane.put(weight)
     options = {k: lane.put(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if options.get("normalized") is not None:
-        z, before = options["normalized"]
+        z, before, _ = options["normalized"]
         vectors = (lane.put(v) for v in before.tensors)
         options["normalized"] = Normalized(lane.put(z), Prologue(*vectors, *before[4:]))
     with lane:
