@@ -545,7 +545,7 @@ def _generate(
     blueprint.keeps_private = all(
         variant.captured is not None and not shows_input(variant.captured.graph)
         for condition, variant in variants.items()
-        if condition.training and condition.kind is Tensor
+        if condition.training and condition.intact and condition.kind is Tensor
     )
     if recipe.splits_batches:
         forward = in_chunks(forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls))
