@@ -33,6 +33,8 @@ library = torch.library.Library("fastnets", "FRAGMENT")
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("fastnets_backend", default="auto")
 _assumed_device: contextvars.ContextVar[str] = contextvars.ContextVar("fastnets_device", default="cpu")
+# Older Dynamos cannot read a ContextVar: compiled, the block has no say there.
+_TRACES_CONTEXT = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 14)
 _bodies: dict[torch._ops.OpOverload, Callable] = {}
 
 
@@ -84,7 +86,7 @@ def device_type_of(x: Tensor) -> str:
 
 def requested(backend_argument: str) -> str:
     """The backend in force for a call that was given ``backend_argument``."""
-    forced = _forced.get()
+    forced = "auto" if torch.compiler.is_compiling() and not _TRACES_CONTEXT else _forced.get()
     if forced != "auto":
         return forced
     return backend_argument if backend_argument not in ("auto", UNFOLDED) else _environment

@@ -29,6 +29,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastnets.fused.batch_norm import has_hooks, in_transform, is_unobserved_inference
 from fastnets.fused.layout import is_stock
 
+_COUNTS = sys.version_info < (3, 14)  # later ones leave out the references that they borrow
 MADE_HERE, GIVEN = "made here", "given"
 
 
@@ -61,7 +62,7 @@ def run_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
         before = _now.active, _now.given
         _now.active = _consents(module)
         # One reference is this frame's variable, one the argument of the count itself.
-        alone = ours and _now.active and _held_by(input, 2) and _memory_is_its_own(input)
+        alone = ours and _now.active and _COUNTS and sys.getrefcount(input) <= 2 and _memory_is_its_own(input)
         _now.given = input if alone else None
         try:
             input = module(input)
@@ -69,14 +70,6 @@ def run_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
             _now.active, _now.given = before
         ours = True
     return input
-
-
-def _held_by(x: Tensor, holders: int) -> bool:
-    """Whether there are no more than ``holders`` references to ``x``, that of the count itself among them.
-
-    This function's own variable is one more. Python 3.14 does not count references that it borrows.
-    """
-    return sys.version_info < (3, 14) and sys.getrefcount(x) <= holders + 1
 
 
 def has_private_gradient(x: Tensor) -> bool:
@@ -100,7 +93,7 @@ def _train_in_sequence(sequential: nn.Sequential, input: Tensor) -> Tensor:
     for module in sequential:
         # One reference is this frame's variable, one the argument of the count itself; a private input has
         # more, in the frames between.
-        alone = _now.private is input or (ours and _held_by(input, 2))
+        alone = _now.private is input or (_COUNTS and ours and sys.getrefcount(input) <= 2)
         input = _call(module, input, alone)
         ours = True
     return input
@@ -111,7 +104,7 @@ def call_on_private(module: nn.Module, x: Tensor) -> Tensor:
     if not _is_unobserved_training(x):
         return module(x)
     # The references of the calling frame's variable, of this one's, and of the argument of the count itself.
-    alone = _now.private is x or _held_by(x, 3)
+    alone = _now.private is x or (_COUNTS and sys.getrefcount(x) <= 3)
     return _call(module, x, alone)
 
 

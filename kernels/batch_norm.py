@@ -118,7 +118,8 @@ def bn_add_act_kernel(
         passing = ~(rounded <= 0.0)
         if ACTIVATION == "relu6":
             passing = passing & ~(rounded >= 6.0)
-        store_bits(bits, passing, y_offset, valid, Y_LAYOUT[0])
+        CONTIGUOUS: tl.constexpr = Y_LAYOUT[0]
+        store_bits(bits, passing, y_offset, valid, CONTIGUOUS)
 
 
 def configs(device: Device) -> list[Config]:
