@@ -65,21 +65,8 @@ def epilogue(
 
 
 def choose(x: Tensor, backend: str) -> str:
-    """The implementation that serves a call: "triton" or "reference" (vendors have no such pass).
-
-    Raises:
-        UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
-    """
-    wanted = dispatch.requested(backend)
-    ours = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if wanted == "triton" and not ours:
-        raise dispatch.UnsupportedByBackend(
-            f"backend 'triton' does not take {x.dtype} (supported: float32, float16, bfloat16); "
-            "use backend='auto' or convert the model"
-        )
-    if wanted in ("triton", "reference"):
-        return wanted
-    return "triton" if ours and dispatch.device_type_of(x) == "cuda" else "reference"
+    """The implementation that serves a call: see ``dispatch.triton_or_reference``."""
+    return dispatch.triton_or_reference(x, backend)
 
 
 def _body(x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, backend):

@@ -134,8 +134,6 @@ def _prepare(
 
 # --- the choice ---------------------------------------------------------------------------------------------
 
-_OURS = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str) -> str:
     """The implementation that serves a call: "triton", "onednn", "cudnn", "cudnn+epilogue" or "reference".
@@ -146,20 +144,16 @@ def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str
     wanted = dispatch.requested(backend)
     if wanted == "reference":
         return wanted
+    ours = dispatch.ours_take((x.dtype,), wanted)
     if wanted == "triton":
-        if x.dtype in _OURS:
-            return wanted
-        raise dispatch.UnsupportedByBackend(
-            f"backend 'triton' does not take {x.dtype} (supported: float32, float16, bfloat16); "
-            "use backend='auto' or convert the model"
-        )
+        return wanted
     device = dispatch.device_type_of(x)
     if device == "cpu":
         why_not = onednn.unsupported(x.dtype)
         if why_not is None and not (wanted == "auto" and backend == dispatch.UNFOLDED):
             return "onednn"
     elif device == "cuda":
-        why_not = None if x.dtype in _OURS else f"it does not take {x.dtype}"
+        why_not = None if ours else f"it does not take {x.dtype}"
         if why_not is None and wanted == "library":
             return "cudnn" if cudnn.fuses(x.dtype, activation) else "cudnn+epilogue"
         if why_not is None:

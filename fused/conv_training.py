@@ -348,12 +348,7 @@ def implementation(x: Tensor, weight: Tensor, groups: int, backend: str) -> str:
         UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
     """
     wanted = dispatch.requested(backend)
-    ours = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if wanted == "triton" and not ours:
-        raise dispatch.UnsupportedByBackend(
-            f"backend 'triton' does not take {x.dtype} (supported: float32, float16, bfloat16); "
-            "use backend='auto' or convert the model"
-        )
+    ours = dispatch.ours_take((x.dtype,), wanted)
     if wanted in ("triton", "reference"):
         return wanted
     if dispatch.device_type_of(x) != "cuda" or not ours:

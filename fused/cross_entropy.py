@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import in_transform
 
-OUR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("none", "mean", "sum")
 
 # wide: the loss is float32 whatever the logits are (autocast).
@@ -30,22 +29,8 @@ _SCHEMA = (
 
 
 def choose(logits: Tensor, teacher: Tensor | None, backend: str) -> str:
-    """The implementation that serves a call: "triton" or "reference".
-
-    Raises:
-        UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
-    """
-    wanted = dispatch.requested(backend)
-    dtypes = [t.dtype for t in (logits, teacher) if t is not None]
-    ours = all(dtype in OUR_DTYPES for dtype in dtypes)
-    if wanted == "triton" and not ours:
-        raise dispatch.UnsupportedByBackend(
-            f"backend 'triton' takes no logits of {dtypes[0]} (supported: float32, float16, bfloat16); "
-            "use backend='auto' or convert the logits"
-        )
-    if wanted in ("triton", "reference"):
-        return wanted
-    return "triton" if ours and dispatch.device_type_of(logits) == "cuda" else "reference"
+    """The implementation that serves a call: see ``dispatch.triton_or_reference``."""
+    return dispatch.triton_or_reference(logits, backend, teacher, refuses="takes no logits of", what="logits")
 
 
 def _stock(logits, target, weight, teacher, ignore_index, reduction, smoothing, alpha, temperature) -> Tensor:
@@ -281,11 +266,8 @@ def cross_entropy(
     """``F.cross_entropy``: its arguments, results and errors. Class indices are fused; class probabilities,
     single samples and, with ``backend="auto"``, the CPU run stock. Differentiable once, in the logits."""
     dispatch.validate_backend(backend)
-    on_cpu = isinstance(logits, Tensor) and dispatch.device_type_of(logits) != "cuda"
-    if on_cpu:
-        on_cpu = (backend if torch.compiler.is_compiling() else dispatch.requested(backend)) == "auto"
     if (
-        on_cpu
+        (isinstance(logits, Tensor) and dispatch.leaves_to_stock(logits, backend))
         or not _is_plain(logits, target, weight)
         or reduction not in REDUCTIONS
         or not 0.0 <= label_smoothing <= 1.0

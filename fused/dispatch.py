@@ -20,13 +20,14 @@ import contextvars
 import difflib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("auto", "triton", "library", "reference")
+OUR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what our kernels take
 UNFOLDED = "unfolded"  # "auto" without what folds or packs weights: ``optimize(mode="training")``
 
 library = torch.library.Library("fastnets", "FRAGMENT")
@@ -90,6 +91,46 @@ def requested(backend_argument: str) -> str:
     if forced != "auto":
         return forced
     return backend_argument if backend_argument not in ("auto", UNFOLDED) else _environment
+
+
+def ours_take(
+    dtypes: Sequence[torch.dtype], wanted: str, refuses: str = "does not take", what: str = "model"
+) -> bool:
+    """Whether our kernels take tensors of these dtypes.
+
+    Raises:
+        UnsupportedByBackend: they do not, and were asked for by name; ``refuses`` and ``what`` word it.
+    """
+    others = [dtype for dtype in dtypes if dtype not in OUR_DTYPES]
+    if wanted == "triton" and others:
+        raise UnsupportedByBackend(
+            f"backend 'triton' {refuses} {others[0]} (supported: float32, float16, bfloat16); "
+            f"use backend='auto' or convert the {what}"
+        )
+    return not others
+
+
+def triton_or_reference(x: Tensor, backend: str, *others: Tensor | None, **wording: str) -> str:
+    """The implementation of an op of x (and others) that vendors do not have: "triton" or "reference".
+
+    Raises:
+        UnsupportedByBackend: see ``ours_take``, which ``wording`` is for.
+    """
+    wanted = requested(backend)
+    ours = ours_take([t.dtype for t in (x, *others) if t is not None], wanted, **wording)
+    if wanted in ("triton", "reference"):
+        return wanted
+    return "triton" if ours and device_type_of(x) == "cuda" else "reference"
+
+
+def leaves_to_stock(x: Tensor, backend: str) -> bool:
+    """Whether a call outside CUDA runs PyTorch's own function, as nothing else was asked for.
+
+    Compiled, the op's own argument alone asks: Dynamo may not be able to read what ``with backend()`` sets.
+    """
+    if device_type_of(x) == "cuda":
+        return False
+    return (backend if torch.compiler.is_compiling() else requested(backend)) == "auto"
 
 
 def register(

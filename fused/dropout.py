@@ -16,26 +16,12 @@ from torch import Tensor, nn
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import in_transform
 
-OUR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES = ("element", "row", "batch")
 
 
 def choose(x: Tensor, backend: str) -> str:
-    """The implementation that serves a call: "triton" or "reference".
-
-    Raises:
-        UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
-    """
-    wanted = dispatch.requested(backend)
-    ours = x.dtype in OUR_DTYPES
-    if wanted == "triton" and not ours:
-        raise dispatch.UnsupportedByBackend(
-            f"backend 'triton' does not drop out {x.dtype} (supported: float32, float16, bfloat16); "
-            "use backend='auto' or convert the model"
-        )
-    if wanted in ("triton", "reference"):
-        return wanted
-    return "triton" if ours and dispatch.device_type_of(x) == "cuda" else "reference"
+    """The implementation that serves a call: see ``dispatch.triton_or_reference``."""
+    return dispatch.triton_or_reference(x, backend, refuses="does not drop out")
 
 
 # --- the reference: Philox4x32-10 in tensors ----------------------------------------------------------------

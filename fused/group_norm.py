@@ -260,13 +260,7 @@ def _stock_serves(norm: nn.Module, act: nn.Module | None, x: object, residual, b
         or in_transform()
     ):
         return True
-    device_type = dispatch.device_type_of(x)
-    if device_type != "cuda":
-        # Dynamo may not be able to read what `with backend()` sets.
-        asked = backend if torch.compiler.is_compiling() else dispatch.requested(backend)
-        if asked == "auto":
-            return True
-    if torch.is_autocast_enabled(device_type):
+    if dispatch.leaves_to_stock(x, backend) or torch.is_autocast_enabled(dispatch.device_type_of(x)):
         return True
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return True

@@ -30,7 +30,6 @@ from fastnets.kernels.pool_windows import (
 
 aten = torch.ops.aten
 
-OUR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # output_size is for adaptive windows; what follows it is then unread.
 _WINDOWS = (
@@ -39,21 +38,8 @@ _WINDOWS = (
 
 
 def choose(x: Tensor, backend: str) -> str:
-    """The implementation that serves a call: "triton" or "reference".
-
-    Raises:
-        UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
-    """
-    wanted = dispatch.requested(backend)
-    ours = x.dtype in OUR_DTYPES
-    if wanted == "triton" and not ours:
-        raise dispatch.UnsupportedByBackend(
-            f"backend 'triton' does not pool {x.dtype} (supported: float32, float16, bfloat16); "
-            "use backend='auto' or convert the model"
-        )
-    if wanted in ("triton", "reference"):
-        return wanted
-    return "triton" if ours and dispatch.device_type_of(x) == "cuda" else "reference"
+    """The implementation that serves a call: see ``dispatch.triton_or_reference``."""
+    return dispatch.triton_or_reference(x, backend, refuses="does not pool")
 
 
 def _windows(size, output_size, kernel_size, stride, padding, dilation, ceil_mode) -> Windows:
@@ -308,11 +294,7 @@ def _stock_serves(x: object, backend: str) -> bool:
     floating images."""
     if not isinstance(x, Tensor) or x.dim() not in (3, 4) or not x.is_floating_point() or in_transform():
         return True
-    if dispatch.device_type_of(x) == "cuda":
-        return False
-    if torch.compiler.is_compiling():  # Dynamo may not be able to read what `with backend()` sets
-        return backend == "auto"
-    return dispatch.requested(backend) == "auto"
+    return dispatch.leaves_to_stock(x, backend)
 
 
 def _pair(value, otherwise=None) -> list[int]:
