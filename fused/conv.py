@@ -29,6 +29,7 @@ from fastnets.fused.conv_training import (
     explicit_padding,
     gradient_backend,
     input_gradient,
+    output_shape,
     passes_on,
     train,
     weight_gradient,
@@ -247,14 +248,12 @@ def _validate(x: Tensor, weights: Weights, residual: Tensor | None, options: Opt
             raise ValueError(f"conv_bn_act: {name} is on {tensor.device}, x on {x.device}; move one of them")
         if tensor is not weight and tensor is not residual and tensor.shape != (K,):
             raise ValueError(f"conv_bn_act: {name} has shape {tuple(tensor.shape)}, expected ({K},)")
-    P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-    Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    shape = _, _, P, Q = output_shape(x, weight, stride, padding, dilation)
     if P < 1 or Q < 1:
         raise ValueError(
             f"conv_bn_act: input {H}×{W} with padding {list(padding)} is smaller than the filter {R}×{S} "
             f"with dilation {list(dilation)}"
         )
-    shape = (x.shape[0], K, P, Q)
     if residual is not None and (tuple(residual.shape) != shape or residual.dtype != x.dtype):
         raise ValueError(
             f"conv_bn_act: residual is {tuple(residual.shape)} {residual.dtype}, the convolution gives "

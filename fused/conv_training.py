@@ -139,6 +139,15 @@ _SCHEMA = (
 )
 
 
+def output_shape(x: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[int, int, int, int]:
+    """[N, K, P, Q] of the convolution of x [N, C, H, W] by weight [K, C/groups, R, S]."""
+    P, Q = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return x.shape[0], weight.shape[0], P, Q
+
+
 class _Options(NamedTuple):
     """What the op takes after its tensors, in the schema's order.
 
@@ -200,49 +209,30 @@ def _conv_body(
         )  # fmt: skip
         x = y
     stride, padding, dilation = (tuple(pair) for pair in options[:3])
-    if ours and options.statistics != "none":
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": options.groups}
+    updates = (running_mean, running_var, options.momentum, options.eps, options.statistics == "merged")
+    first, second = x.new_empty(0), x.new_empty(0)
+    if ours and (options.statistics != "none" or prologue is not None):
         from fastnets.kernels.conv_training import conv_statistics as launch
 
-        z, statistics = launch(
-            x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=options.groups,
-            prologue=prologue,
-        )  # fmt: skip
-        merged = options.statistics == "merged"
-        first, second = norms.finish_statistics(
-            statistics, running_mean, running_var, options.momentum, options.eps, merged
-        )
+        z, statistics = launch(x, weight, bias, **geometry, prologue=prologue)
+        if options.statistics != "none":
+            first, second = norms.finish_statistics(statistics, *updates)
         return z, first, second, y
-    if ours and prologue is not None:
-        from fastnets.kernels.conv_training import conv_statistics as launch
-
-        z, _ = launch(
-            x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=options.groups,
-            prologue=prologue,
-        )  # fmt: skip
-    elif ours:
+    if ours:
         from fastnets.kernels.conv import conv_bn_act as launch
 
-        z = launch(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=options.groups)
-    else:
-        z = onednn.channels_last(F.conv2d(x, weight, bias, *options.geometry))
-    if options.statistics == "none":
-        return z, x.new_empty(0), x.new_empty(0), y
-    first, second = norms.batch_statistics(
-        z, running_mean, running_var, options.momentum, options.eps, options.statistics == "merged",
-        passes_on(options.backend),
-    )  # fmt: skip
+        return launch(x, weight, bias, **geometry), first, second, y
+    z = onednn.channels_last(F.conv2d(x, weight, bias, *options.geometry))
+    if options.statistics != "none":
+        first, second = norms.batch_statistics(z, *updates, passes_on(options.backend))
     return z, first, second, y
 
 
 def _conv_fake(x, weight, bias, mean, rstd, bn_weight, bn_bias, count, running_mean, running_var, *rest):
     options = _Options(*rest)
-    K, _, R, S = weight.shape
-    P, Q = (
-        (x.shape[2 + i] + 2 * options.padding[i] - options.dilation[i] * (size - 1) - 1) // options.stride[i]
-        + 1
-        for i, size in enumerate((R, S))
-    )
-    z = x.new_empty((x.shape[0], K, P, Q)).to(memory_format=torch.channels_last)
+    K = weight.shape[0]
+    z = x.new_empty(output_shape(x, weight, *options.geometry[:3])).to(memory_format=torch.channels_last)
     made = mean is not None and not _loads_normalized(weight, options)
     y = torch.empty_like(x) if made else x.new_empty(0)
     vectors = 2 * [0 if options.statistics == "none" else K]
@@ -405,22 +395,24 @@ def train(
         norm = None if bn is None else norms.normalization(bn, z, passes)
     else:
         made = None
-        if sole and how != "library" and has_private_gradient(x):
+        if sole and has_private_gradient(x):
             made = norms.how_it_was_made(x)
         padding = conv.padding
         if conv.padding_mode != "zeros" or padding.__class__ is str:
             x, padding = explicit_padding(conv, _computed(x))
             made = None
+        geometry = (conv.stride, padding, conv.dilation)
         if batch and not group:
-            _check_values(conv, x, padding)
+            source = x.z if x.__class__ is Pending else x
+            F._verify_batch_size(torch.Size(output_shape(source, weight, *geometry)))
         running = norms.begin(bn) if batch else (None, None, 0.0)
         statistics = "none" if not batch else "merged" if group else "final"
         eps = 0.0 if bn is None else bn.eps
-        options = (conv.stride, padding, conv.dilation, conv.groups)
         padded = x is not other  # then other readers go past the convolution
         z, first, second, through = convolve(
-            x, weight, bias, running, options, eps, statistics, save, how, forks and not padded, made
-        )
+            x, weight, bias, running, (*geometry, conv.groups), eps, statistics, save, how,
+            forks and not padded, made,
+        )  # fmt: skip
         other = other if padded else through
         norm = None
         if batch:
@@ -492,14 +484,3 @@ def explicit_padding(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, int
     if total[0] % 2 or total[1] % 2:
         x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
     return x, (total[0] // 2, total[1] // 2)
-
-
-def _check_values(conv: nn.Conv2d, x: Tensor | Pending, padding: tuple[int, int]) -> None:
-    """Stock's error where batch norm would see one value per channel."""
-    source = x.z if x.__class__ is Pending else x
-    P, Q = (
-        (source.shape[2 + i] + 2 * padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1)
-        // conv.stride[i] + 1
-        for i in range(2)
-    )  # fmt: skip
-    F._verify_batch_size(torch.Size([source.shape[0], conv.out_channels, P, Q]))
