@@ -223,63 +223,40 @@ def representative_calls() -> list[RepresentativeCall]:
     def tensor(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
         return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
 
-    def operands(shape, dtype, memory_format, groups, affine, residual):
+    def call(
+        kind, shape, dtype, memory_format=torch.contiguous_format, *, groups, activation, affine=True,
+        residual=False,
+    ):  # fmt: skip
         x = tensor(shape, dtype, memory_format)
         vectors = [tensor(shape[0] * groups) for _ in range(2)]
         vectors += [tensor(shape[1]) if affine else None for _ in range(2)]
-        return x, vectors, x if residual else None
+        added = x if residual else None
 
-    def forward(
-        shape,
-        dtype,
-        memory_format=torch.contiguous_format,
-        *,
-        groups,
-        activation,
-        affine=True,
-        residual=False,
-    ):
-        x, vectors, added = operands(shape, dtype, memory_format, groups, affine, residual)
-
-        def thunk(config=None):
+        def forward(config=None):
             if config is None or config in reduction_configs():
                 group_statistics(x, groups, eps=1e-5, config=config)
             if config is None or config in pass_configs():
                 group_norm_add_act(x, *vectors, added, groups=groups, activation=activation, config=config)
 
-        return thunk
-
-    def backward(
-        shape,
-        dtype,
-        memory_format=torch.contiguous_format,
-        *,
-        groups,
-        activation,
-        affine=True,
-        residual=False,
-    ):
-        x, vectors, added = operands(shape, dtype, memory_format, groups, affine, residual)
-
-        def thunk(config=None):
+        def backward(config=None):
             return group_norm_backward(
                 x, x, *vectors, added, groups=groups, activation=activation, keep=residual, config=config
             )
 
-        return thunk
+        return forward if kind == "forward" else backward
 
     half, full = torch.float16, torch.float32
     large, small = (32, 64, 56, 56), (32, 512, 7, 7)
     table = []
-    for kind, of in (("forward", forward), ("backward", backward)):
+    for kind in ("forward", "backward"):
         table += [
             (
                 f"{kind}, channels-last fp16, add, relu",
-                of(large, half, last, groups=32, activation="relu", residual=True),
+                call(kind, large, half, last, groups=32, activation="relu", residual=True),
             ),
             (
                 f"{kind}, instances, contiguous fp32, leaky_relu",
-                of(small, full, groups=512, activation="leaky_relu", affine=False),
+                call(kind, small, full, groups=512, activation="leaky_relu", affine=False),
             ),
         ]
     return [RepresentativeCall(name, thunk) for name, thunk in table]
