@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from fastnets.kernels.device import current_device
-from fastnets.kernels.launch import Config, UnsupportedConfig, tiles
+from fastnets.kernels.launch import DTYPES, Config, UnsupportedConfig, tiles
 
 __all__ = [
     "ChannelTiles",
@@ -42,8 +42,6 @@ __all__ = [
     "step_index",
     "step_offsets",
 ]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit

@@ -19,11 +19,9 @@ from fastnets.kernels.conv_configs import kernel_of
 from fastnets.kernels.conv_input_gradient import InputGradientCall, Normalized, input_gradient
 from fastnets.kernels.conv_shape import ConvShape, Prologue, convolution_shape, product_precision
 from fastnets.kernels.conv_weight_gradient import WeightGradientCall, weight_gradient
-from fastnets.kernels.launch import Config
+from fastnets.kernels.launch import DTYPES, Config
 
 __all__ = ["Normalized", "conv_input_gradient", "conv_weight_gradient"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def conv_input_gradient(
@@ -120,7 +118,7 @@ def conv_weight_gradient(
 
 def _checked_dtype(dtype: torch.dtype | None, dy: torch.Tensor) -> torch.dtype:
     dtype = dy.dtype if dtype is None else dtype
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype}; supported: float32, float16, bfloat16")
     return dtype
 
@@ -133,7 +131,7 @@ def _checked_shape(dy, name, operand, x, weight, stride, padding, dilation, grou
             f"dy has shape {list(dy.shape)}, but x {list(x)} under weight {list(weight)} gives "
             f"{[shape.N, shape.K, shape.P, shape.Q]}"
         )
-    if dy.dtype not in _DTYPES:
+    if dy.dtype not in DTYPES:
         raise TypeError(f"dy is {dy.dtype}; supported: float32, float16, bfloat16")
     if operand.dtype != dy.dtype:
         raise TypeError(f"{name} is {operand.dtype} but dy is {dy.dtype}; cast one of them")
@@ -148,7 +146,7 @@ def _check_like_input(name: str, tensor: torch.Tensor | None, shape: ConvShape, 
             f"{name} has shape {list(tensor.shape)}, expected that of the input, "
             f"{[shape.N, shape.C, shape.H, shape.W]}; expand it"
         )
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}; supported: float32, float16, bfloat16")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fastnets.kernels.activation import check_activation
 from fastnets.kernels.batch_norm_training import Statistics
-from fastnets.kernels.launch import Config
+from fastnets.kernels.launch import DTYPES, Config
 
 __all__ = [
     "ConvCall",
@@ -25,7 +25,6 @@ __all__ = [
     "vector_width",
 ]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTORS = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
 
 # The largest extent addressed in 32 bits, with room for the offsets of lanes that are masked.
@@ -255,7 +254,7 @@ def conv_call(
     """
     check_activation(activation)
     shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation, groups)
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}; supported: float32, float16, bfloat16")
     if weight.dtype != x.dtype:
         raise TypeError(f"weight is {weight.dtype} but x is {x.dtype}; cast one of them")

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from fastnets.kernels.conv_shape import vector_width
 from fastnets.kernels.device import Device
-from fastnets.kernels.launch import Config
+from fastnets.kernels.launch import DTYPES, Config
 
 __all__ = [
     "as_rows",
@@ -21,7 +21,6 @@ __all__ = [
 ]
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("none", "mean", "sum")
 
 

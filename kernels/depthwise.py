@@ -31,11 +31,10 @@ from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_shape import NO_STATISTICS, empty_statistics
 from fastnets.kernels.conv_tile import moments
 from fastnets.kernels.device import Device, current_device
-from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch, tiles
+from fastnets.kernels.launch import DTYPES, Config, RepresentativeCall, UnsupportedConfig, launch, tiles
 
 __all__ = ["configs", "depthwise_conv_bn_act", "representative_calls"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Filters of up to 7 rows are walked down as described; taller ones run as a loop over taps, or registers run
 # out.
 MAX_UNROLLED_ROWS = 7

@@ -16,11 +16,9 @@ import triton.language as tl
 
 from fastnets.kernels.conv_shape import vector_width
 from fastnets.kernels.device import Device
-from fastnets.kernels.launch import Config, RepresentativeCall, launch, tiles
+from fastnets.kernels.launch import DTYPES, Config, RepresentativeCall, launch, tiles
 
 __all__ = ["configs", "dropout", "representative_calls"]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit

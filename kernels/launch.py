@@ -20,6 +20,7 @@ from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
 __all__ = [
+    "DTYPES",
     "Config",
     "Launch",
     "RepresentativeCall",
@@ -28,6 +29,8 @@ __all__ = [
     "observe_launches",
     "tiles",
 ]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the tensors that kernels read and write
 
 
 class UnsupportedConfig(ValueError):

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastnets.kernels.conv_shape import vector_width
 from fastnets.kernels.device import Device, current_device
-from fastnets.kernels.launch import Config, tiles
+from fastnets.kernels.launch import DTYPES, Config, tiles
 from fastnets.kernels.pool_windows import Windows
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "window_length",
 ]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Loops of up to this many elements or windows are unrolled.
 UNROLLED = 16
