@@ -1,0 +1,219 @@
+"""The fused ops on shapes that stand for what networks do with them: for ``verify`` and the layer benches.
+
+``OPERATIONS`` has one entry per op and shape. Each makes a :class:`Call`: the public function, its tensors
+and its options, so that the same call can be run by any implementation, in float64, and backward.
+
+    call = OPERATIONS["conv 3x3 64 @56"].make(Inputs("cuda", torch.bfloat16), batch_size=32)
+    y = call.run(backend="triton")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnets import fused
+from fastnets.fused import pool as pools
+from fastnets.fused.cross_entropy import cross_entropy
+
+__all__ = ["OPERATIONS", "Call", "Inputs", "Operation"]
+
+
+class Inputs:
+    """Makes the tensors of calls: normal random numbers on one device, in one dtype, from one seed."""
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int = 0):
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal random numbers of any shape; [N, C, H, W] is laid out channels-last."""
+        values = scale * torch.randn(shape, generator=self.generator)
+        values = values.to(self.device, self.dtype)
+        return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+    def weight(self, *shape: int) -> Tensor:
+        """Weights [out, in, ...] that keep the variance of their input, after He et al., 2015."""
+        return self.normal(*shape, scale=(2 / (torch.Size(shape[1:]).numel())) ** 0.5)
+
+    def statistics(self, channels: int) -> tuple[Tensor, Tensor]:
+        """Running mean and variance [channels] of a batch norm."""
+        variance = 0.5 + torch.rand(channels, generator=self.generator)
+        return self.normal(channels, scale=0.1), variance.to(self.device, self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """int64 in [0, high)."""
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+
+@dataclass
+class Call:
+    """``function(*tensors, **options)``; ``learns``: positions of the tensors that have a gradient."""
+
+    function: Callable[..., Any]
+    tensors: tuple[Tensor | None, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    learns: tuple[int, ...] = (0,)
+
+    def run(self, backend: str) -> Tensor:
+        """The op's (first) result by one implementation."""
+        return _first(self.function(*self.tensors, **self.options, backend=backend))
+
+    def in_float64(self) -> Call:
+        """The same call with every floating-point tensor converted."""
+        tensors = tuple(
+            t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in self.tensors
+        )
+        return Call(self.function, tensors, self.options, self.learns)
+
+    def gradients(self, backend: str, cotangent: Tensor) -> list[Tensor]:
+        """Gradients of every tensor that learns, for dL/dy = ``cotangent``."""
+        tensors = list(self.tensors)
+        leaves = []
+        for position in self.learns:
+            if tensors[position] is not None:
+                tensors[position] = tensors[position].detach().requires_grad_()
+                leaves.append(tensors[position])
+        with torch.enable_grad():
+            y = _first(self.function(*tensors, **self.options, backend=backend))
+        return list(torch.autograd.grad(y, leaves, cotangent.to(y.dtype).expand_as(y)))
+
+    @property
+    def compulsory_bytes(self) -> int:
+        """Each tensor read once and the result written once: no implementation moves less."""
+        read = sum(t.numel() * t.element_size() for t in self.tensors if isinstance(t, Tensor))
+        meta = [t.to("meta") if isinstance(t, Tensor) else t for t in self.tensors]
+        y = _first(self.function(*meta, **self.options, backend="reference"))
+        return read + y.numel() * y.element_size()
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One op on one shape. ``family`` groups the shapes of an op; ``trains``: it has a gradient."""
+
+    name: str
+    family: str
+    make: Callable[[Inputs, int], Call]
+    trains: bool = True
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def _add(name: str, family: str, make: Callable[[Inputs, int], Call], trains: bool = True) -> None:
+    OPERATIONS[name] = Operation(name, family, make, trains)
+
+
+# --- convolutions -------------------------------------------------------------------------------------------
+
+
+def _convolution(C, K, size, kernel, stride=1, groups=1, activation="relu", residual=False):
+    def make(inputs: Inputs, N: int) -> Call:
+        P = (size - 1) // stride + 1
+        tensors = (
+            inputs.normal(N, C, size, size),
+            inputs.weight(K, C // groups, kernel, kernel),
+            None,
+            *inputs.statistics(K),
+            1 + inputs.normal(K, scale=0.1),
+            inputs.normal(K, scale=0.1),
+            inputs.normal(N, K, P, P) if residual else None,
+        )
+        options = {
+            "stride": (stride, stride),
+            "padding": (kernel // 2, kernel // 2),
+            "groups": groups,
+            "activation": activation,
+        }
+        return Call(fused.conv_bn_act, tensors, options, learns=(0, 1, 5, 6, 7))
+
+    return make
+
+
+for _name, _shape in {
+    "7x7/2 3→64 @224, stem": (3, 64, 224, 7, 2),
+    "3x3/2 3→32 @224, stem": (3, 32, 224, 3, 2, 1, "relu6"),
+    "1x1 64→256 @56, residual": (64, 256, 56, 1, 1, 1, "relu", True),
+    "1x1 256→64 @56": (256, 64, 56, 1),
+    "3x3 64→64 @56": (64, 64, 56, 3),
+    "3x3/2 128→128 @56": (128, 128, 56, 3, 2),
+    "1x1 1024→256 @14": (1024, 256, 14, 1),
+    "3x3 512→512 @7": (512, 512, 7, 3),
+    "1x1 24→144 @56": (24, 144, 56, 1, 1, 1, "relu6"),
+    "1x1 160→960 @7, SiLU": (160, 960, 7, 1, 1, 1, "silu"),
+    "3x3 in 32 groups of 4 @56": (128, 128, 56, 3, 1, 32),
+}.items():
+    _add(f"conv {_name}", "convolution", _convolution(*_shape))
+
+for _name, _shape in {
+    "3x3 96 @112/2": (96, 96, 112, 3, 2, 96, "relu6"),
+    "3x3 144 @56": (144, 144, 56, 3, 1, 144, "relu6"),
+    "5x5 240 @28": (240, 240, 28, 5, 1, 240, "silu"),
+    "7x7 192 @28": (192, 192, 28, 7, 1, 192, "none"),
+    "3x3 960 @7": (960, 960, 7, 3, 1, 960, "hardswish"),
+}.items():
+    _add(f"depthwise {_name}", "depthwise", _convolution(*_shape))
+
+
+# --- norms, pools, losses -----------------------------------------------------------------------------------
+
+
+def _batch_norm(C, size, residual, activation="relu"):
+    def make(inputs: Inputs, N: int) -> Call:
+        x = inputs.normal(N, C, size, size)
+        affine = (1 + inputs.normal(C, scale=0.1), inputs.normal(C, scale=0.1))
+        tensors = (x, None, *inputs.statistics(C), *affine, inputs.normal(*x.shape) if residual else None)
+        return Call(fused.bn_add_act, tensors, {"activation": activation}, learns=(0, 4, 5, 6))
+
+    return make
+
+
+_add("bn + relu 64 @112", "batch norm", _batch_norm(64, 112, False))
+_add("bn + add + relu 256 @56", "batch norm", _batch_norm(256, 56, True))
+_add("bn + add + relu 2048 @7", "batch norm", _batch_norm(2048, 7, True))
+
+
+def _group_norm(C, size, groups):
+    def make(inputs: Inputs, N: int) -> Call:
+        affine = (1 + inputs.normal(C, scale=0.1), inputs.normal(C, scale=0.1))
+        tensors = (inputs.normal(N, C, size, size), groups, *affine)
+        return Call(fused.group_norm_act, tensors, {"activation": "relu"}, learns=(0, 2, 3))
+
+    return make
+
+
+_add("group norm 32 of 256 @56", "group norm", _group_norm(256, 56, 32))
+_add("instance norm 64 @112", "group norm", _group_norm(64, 112, 64))
+
+
+def _pool(function, C, size, *arguments, **options):
+    def make(inputs: Inputs, N: int) -> Call:
+        return Call(function, (inputs.normal(N, C, size, size), *arguments), options)
+
+    return make
+
+
+_add("max pool 3x3/2 64 @112", "pool", _pool(pools.max_pool2d, 64, 112, 3, 2, padding=1))
+_add("average pool 3x3 192 @28", "pool", _pool(pools.avg_pool2d, 192, 28, 3, 1, padding=1))
+_add("global average pool 2048 @7", "pool", _pool(pools.adaptive_avg_pool2d, 2048, 7, 1))
+
+
+def _cross_entropy(classes, label_smoothing=0.0):
+    def make(inputs: Inputs, N: int) -> Call:
+        tensors = (inputs.normal(8 * N, classes, scale=3.0), inputs.integers(classes, 8 * N))
+        return Call(cross_entropy, tensors, {"label_smoothing": label_smoothing})
+
+    return make
+
+
+_add("cross-entropy 1000", "loss", _cross_entropy(1000))
+_add("cross-entropy 50257, smoothed", "loss", _cross_entropy(50257, 0.1))
