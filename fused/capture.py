@@ -29,7 +29,11 @@ _PLAIN_COLLECTIONS += (fx.immutable_collections.immutable_dict,)
 _NOT_FORWARDS = ("torch", "inspect", "typing", "copy", "dataclasses")  # code that asks for reasons of its own
 # Return their input in evaluation; (package, class) for those of other libraries.
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_FOREIGN_DROPOUTS = (("torchvision", "StochasticDepth"), ("timm", "DropPath"))
+_FOREIGN_DROPOUTS = (
+    ("torchvision", "StochasticDepth"),
+    ("timm", "DropPath"),
+    ("fastnets", "StochasticDepth"),  # of models/, which this folder does not import
+)
 
 
 class CaptureError(Exception):

@@ -1,15 +1,22 @@
-"""Weights from a file or a state dict into a network, with errors that say what was found and what to do."""
+"""Weights from a file or a state dict into a network, with errors that say what was found and what to do.
+
+A network whose checkpoints go by several names for the same tensors (torchvision's, timm's, Hugging Face's)
+lists the other ones in its class attribute ``key_styles``; such a checkpoint is renamed before it is loaded.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "load_weights", "read_checkpoint"]
+__all__ = ["CheckpointError", "KeyStyle", "load_weights", "read_checkpoint"]
 
 # Training scripts save the state dict beside the optimizer's under one of these names.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -22,13 +29,45 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the network."""
 
 
+@dataclass(frozen=True)
+class KeyStyle:
+    """The names another library gives to a network's tensors.
+
+    library: what errors call it. names: pairs (theirs, ours) of how keys begin, ``{}`` for an index of a
+    layer; the first pair that fits counts, and of several for one of ours the first is what errors quote. A
+    pair with ours "" drops the key. convert: takes (network, our key, their tensor) and returns our tensor,
+    where the values differ as well as the names.
+    """
+
+    library: str
+    names: tuple[tuple[str, str], ...]
+    convert: Callable[[nn.Module, str, Tensor], Tensor] | None = None
+
+    def ours(self, key: str) -> str | None:
+        """Our name for their key: None where it is to be dropped, the key itself where no pair fits."""
+        return _renamed(key, self._to_ours, dropping=True)
+
+    def theirs(self, key: str) -> str:
+        """Their name for our key."""
+        return _renamed(key, self._to_theirs, dropping=False) or key
+
+    @cached_property
+    def _to_ours(self) -> list[tuple[re.Pattern, str]]:
+        return [(_beginning(theirs), ours) for theirs, ours in self.names]
+
+    @cached_property
+    def _to_theirs(self) -> list[tuple[re.Pattern, str]]:
+        return [(_beginning(ours), theirs) for theirs, ours in self.names if ours]
+
+
 def load_weights(
     model: nn.Module, weights: str | os.PathLike | Mapping[str, Tensor], *, name: str | None = None
 ) -> None:
     """Copies weights into a network, in the network's dtype and on its device.
 
     weights: a path (``.pth``, ``.pt``, ``.safetensors``) or a state dict, plain or as a training script
-    wraps it. name: what errors call the network; its class if not given.
+    wraps it, with the network's own keys or those of one of its ``key_styles``. name: what errors call the
+    network; its class if not given.
 
     Raises ``CheckpointError`` where the weights cannot be read or do not fit. The network is then untouched.
     """
@@ -41,7 +80,10 @@ def load_weights(
     else:
         raise TypeError(f"{name}: weights must be a path or a state dict, got {type(weights).__name__}")
     state = _plain_state_dict(found, source)
-    misfit = _misfit(model, state)
+    style = _style(model, state)
+    if style is not None:
+        state = _in_our_names(model, state, style)
+    misfit = _misfit(model, state, style)
     if misfit:
         raise CheckpointError(f"{source} does not fit {name}: {misfit}")
     # Checked above; strict would refuse checkpoints from before BatchNorm counted its batches.
@@ -120,8 +162,46 @@ def _plain_state_dict(found: object, source: str) -> dict[str, Tensor]:
     return state
 
 
-def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """How a state dict differs from the network's own, and the likely remedy; ``None`` where it fits."""
+def _beginning(template: str) -> re.Pattern:
+    return re.compile(re.escape(template).replace(r"\{\}", r"(\d+)"))
+
+
+def _renamed(key: str, pairs: list[tuple[re.Pattern, str]], *, dropping: bool) -> str | None:
+    for beginning, other in pairs:
+        match = beginning.match(key)
+        if match:
+            return None if dropping and not other else other.format(*match.groups()) + key[match.end() :]
+    return key
+
+
+def _style(model: nn.Module, state: Mapping[str, Tensor]) -> KeyStyle | None:
+    """Whose names a state dict uses: those with which most of the network's own are found; None for ours."""
+    own = model.state_dict().keys()
+    best, most = None, len(own & state.keys())
+    for style in getattr(model, "key_styles", ()):
+        common = len(own & {style.ours(key) for key in state})
+        if common > most:
+            best, most = style, common
+    return best
+
+
+def _in_our_names(model: nn.Module, state: Mapping[str, Tensor], style: KeyStyle) -> dict[str, Tensor]:
+    own = model.state_dict()
+    renamed = {style.ours(key): value for key, value in state.items()}
+    renamed.pop(None, None)
+    if style.convert is not None:
+        # Only what has the right shape: the rest is about to be refused.
+        for key in own.keys() & renamed.keys():
+            if own[key].shape == renamed[key].shape:
+                renamed[key] = style.convert(model, key, renamed[key])
+    return renamed
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Tensor], style: KeyStyle | None = None) -> str | None:
+    """How a state dict differs from the network's own, and the likely remedy; ``None`` where it fits.
+
+    style: the one the state dict was renamed from; keys are quoted as they stand in the checkpoint.
+    """
     own = model.state_dict()
     # Checkpoints from before PyTorch 0.4.1 have no batch counts; BatchNorm then starts at zero.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -130,12 +210,16 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str | None:
     mis_shaped = [(key, found, wanted) for key, found, wanted in shapes if found != wanted]
     if not (missing or unexpected or mis_shaped):
         return None
+    quoted = style.theirs if style else str
     room = MOST_KEYS_LISTED
     facts = []
     for label, keys in (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("mis-shaped", [f"{key} {list(found)} for {list(wanted)}" for key, found, wanted in mis_shaped]),
+        ("missing", [quoted(key) for key in missing]),
+        ("unexpected", [quoted(key) for key in unexpected]),
+        (
+            "mis-shaped",
+            [f"{quoted(key)} {list(found)} for {list(wanted)}" for key, found, wanted in mis_shaped],
+        ),
     ):
         if keys:
             facts.append(f"{len(keys)} {label} ({_some(keys, room)})" if room else f"{len(keys)} {label}")

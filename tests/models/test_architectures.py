@@ -10,6 +10,7 @@ from fastnets.models import create_model, input_size, list_models, load_weights
 PARAMETERS = {
     "alexnet": 61_100_840,
     "alexnet_2012": 60_965_224,
+    "dinov2_s_14": 22_056_192,
     "lenet5": 61_706,
     "lenet5_relu": 61_706,
     "lenet5_1998": 60_000,
@@ -32,9 +33,17 @@ PARAMETERS = {
     "vgg16_bn": 138_365_992,
     "vgg19": 143_667_240,
     "vgg19_bn": 143_678_248,
+    "vit_b_16": 86_567_656,
+    "vit_b_32": 88_224_232,
+    "vit_h_14": 632_045_800,
+    "vit_l_16": 304_326_632,
+    "vit_s_16": 22_050_664,
+    "vit_ti_16": 5_717_416,
     "wide_resnet101_2": 126_886_696,
 }
-IN_TORCHVISION = [name for name in PARAMETERS if not name.startswith(("lenet", "alexnet_2012", "nin"))]
+# Without torchvision's keys; test_transformers.py has the Transformers' own.
+OTHER_KEYS = ("lenet", "alexnet_2012", "nin", "vit", "dinov2")
+IN_TORCHVISION = [name for name in PARAMETERS if not name.startswith(OTHER_KEYS)]
 
 
 def on_meta(name, **options):
