@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastnets.bench.measure import Comparison, measure
 from fastnets.fused.conv import call_conv_bn_act
+from fastnets.fused.measure import Comparison, measure
 
 CHANNELS, PIXELS = 8, 4
 

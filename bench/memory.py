@@ -7,11 +7,9 @@ fastnets may need more than channels-last eager is what it packs: the convolutio
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import typer
@@ -20,6 +18,7 @@ from rich.table import Table
 from torch import nn
 
 import fastnets
+from fastnets.fused.measure import begin_resident_peak, resident_bytes
 from fastnets.models import create_model
 
 VARIANTS = ("eager", "eager, channels-last", "fastnets")
@@ -32,7 +31,7 @@ def peak_in_this_process(variant: str, name: str, batch: int, size: int) -> int:
         fastnets.optimize(create_model("mobilenet_v2").eval())(torch.randn(2, 3, 32, 32))
     gc.collect()
     x = torch.randn(batch, 3, size, size)
-    before = _status("VmRSS")
+    before = resident_bytes("VmRSS")
     net = create_model(name).eval()
     if variant == "eager, channels-last":
         net = net.to(memory_format=torch.channels_last)
@@ -43,16 +42,9 @@ def peak_in_this_process(variant: str, name: str, batch: int, size: int) -> int:
         net(x)
         net(x)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # begin a new high-water mark
+        begin_resident_peak()
         net(x)
-    return (_status("VmHWM") - before) >> 10
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    return (resident_bytes("VmHWM") - before) >> 20
 
 
 def measure_peak(variant: str, name: str, batch: int, size: int) -> int:

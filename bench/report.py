@@ -19,8 +19,8 @@ from typing import Any
 
 from fastnets.bench import environment
 from fastnets.bench.baselines import BASELINE
-from fastnets.bench.measure import Ratio
 from fastnets.bench.suite import Result, Row, Run
+from fastnets.fused.measure import Ratio
 
 SCHEMA = "fastnets-bench"
 SCHEMA_VERSION = 1

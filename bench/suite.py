@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from fastnets.bench import baselines, environment, training
-from fastnets.bench.measure import OUT_OF_MEMORY, Comparison, cpu_threads, is_out_of_memory, measure
 from fastnets.bench.networks import Network
+from fastnets.fused.measure import OUT_OF_MEMORY, Comparison, cpu_threads, is_out_of_memory, measure
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def test_wheel_holds_every_package_and_works_elsewhere(source_copy, tmp_path):
     elsewhere.mkdir()
     out = python(
         NO_TRITON
-        + "import torch, fastnets, fastnets.kernels, fastnets.bench.measure as m\n"
+        + "import torch, fastnets, fastnets.kernels, fastnets.fused.measure as m\n"
         + "print(fastnets.__file__, fastnets.kernels.__file__, m.__file__, sep='\\n')\n"
         + "model = fastnets.create_model('mobilenet_v2').eval()\n"
         + "print(tuple(model(torch.randn(1, 3, 32, 32)).shape))",

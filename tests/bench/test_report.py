@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from fastnets.bench import environment, report
-from fastnets.bench.measure import Comparison, Samples
 from fastnets.bench.suite import Result, Row, Run
+from fastnets.fused.measure import Comparison, Samples
 
 
 def samples(name: str, seconds: float) -> Samples:

@@ -8,8 +8,8 @@ from torch import nn
 
 from fastnets.bench import baselines, report, suite, training
 from fastnets.bench.baselines import Unavailable, Variant
-from fastnets.bench.measure import OUT_OF_MEMORY
 from fastnets.bench.networks import Network, settle_batch_norms
+from fastnets.fused.measure import OUT_OF_MEMORY
 
 
 @pytest.fixture

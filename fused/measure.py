@@ -12,24 +12,34 @@ Every figure of this repository that is a time comes from :func:`measure`. What 
 - all raw samples are kept.
 
 On CUDA a call is timed by a pair of events, the L2 cache is overwritten before each call, and the wall time
-of a visit is taken around a synchronisation.
+of a visit is taken around a synchronisation. A variant can be timed in two ways there: launched call by call,
+which the host's work may hold up, and replayed from a CUDA graph, where only the device's work is left
+(``launches=("eager", "graph")``). :func:`rotating` gives a call fresh inputs each time, as a network gives
+its layers.
+
+This file stands in ``fused`` because choosing implementations by measurement (``fused.selection``) is the
+lowest of its users; the benchmarks import it from here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 OUT_OF_MEMORY = "out of memory"
+LAUNCHES = ("eager", "graph")
 
 
 @dataclass
@@ -37,8 +47,8 @@ class Samples:
     """Times of one variant, in seconds per call; entry ``i`` of each list belongs to one visit in
     ``rounds[i]``.
 
-    ``device`` holds CUDA event times (``None`` on CPU). ``failure`` says why there are no times, or no more
-    of them.
+    ``device`` holds CUDA event times (``None`` on CPU). ``launch`` is "eager", or "graph" where a CUDA graph
+    was replayed. ``failure`` says why there are no times, or no more of them.
     """
 
     name: str
@@ -50,6 +60,7 @@ class Samples:
     warmup_calls: int = 0
     warmup_seconds: float = 0.0
     failure: str | None = None
+    launch: str = "eager"
 
     def keep_complete(self) -> None:
         """Drop the entries of a visit that was cut short between its list appends."""
@@ -113,19 +124,47 @@ class Comparison:
         shared = sorted(ours_by_round.keys() & theirs_by_round.keys())
         if len(shared) < 2:
             return None
-        fast = np.array([ours_by_round[i] for i in shared])
-        slow = np.array([theirs_by_round[i] for i in shared])
-        value = float(np.median(slow) / np.median(fast))
         if name == baseline:
             return Ratio(1.0, 1.0, 1.0)
+        fast = np.array([ours_by_round[i] for i in shared])
+        slow = np.array([theirs_by_round[i] for i in shared])
+        return ratio_of(np.median(slow) / np.median(fast), resampled_ratios(fast, slow, resamples, seed))
+
+    def chance_fastest(self, name: str, *, resamples: int = 1000, seed: int = 0) -> float:
+        """In what share of bootstrap resamples of the rounds ``name`` has the lowest median of all."""
+        measured = [samples for samples in self.samples.values() if samples.times]
+        shared = sorted(set.intersection(*(set(samples.rounds) for samples in measured)))
+        if name not in {samples.name for samples in measured} or not shared:
+            return 0.0
+        times = np.array([[dict(zip(s.rounds, s.times))[i] for i in shared] for s in measured])
         draws = np.random.default_rng(seed).integers(0, len(shared), size=(resamples, len(shared)))
-        ratios = np.median(slow[draws], axis=1) / np.median(fast[draws], axis=1)
-        low, high = np.percentile(ratios, [2.5, 97.5])
-        return Ratio(value, float(low), float(high))
+        winners = np.median(times[:, draws], axis=2).argmin(axis=0)
+        return float(np.mean(winners == [samples.name for samples in measured].index(name)))
+
+
+def resampled_ratios(fast: np.ndarray, slow: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Bootstrap replicates [resamples] of median(slow) / median(fast), both [rounds] of the same rounds."""
+    draws = np.random.default_rng(seed).integers(0, len(fast), size=(resamples, len(fast)))
+    return np.median(slow[draws], axis=1) / np.median(fast[draws], axis=1)
+
+
+def ratio_of(value: float, replicates: np.ndarray) -> Ratio:
+    """The ratio with the 95 % percentile interval of its bootstrap replicates."""
+    low, high = np.percentile(replicates, [2.5, 97.5])
+    return Ratio(float(value), float(low), float(high))
 
 
 Observer = Callable[[str, str, int, int], None]
 """Called with (phase, variant, step, steps); phase is "warm-up" or "measure". For progress displays."""
+
+
+def replayed(name: str) -> str:
+    """The name of a variant's samples when it was replayed from a CUDA graph."""
+    return f"{name}, replayed"
+
+
+def _named(name: str, launch: str) -> str:
+    return name if launch == "eager" else replayed(name)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -189,6 +228,95 @@ class _CudaClock:
         return wall / calls, cpu / calls, device
 
 
+class NotCapturable(RuntimeError):
+    """A call that cannot be replayed from a CUDA graph; the message says why."""
+
+
+def captured(call: Callable[[], Any], device: torch.device | str) -> Callable[[], None]:
+    """A function that replays ``call`` from a CUDA graph, captured here after three calls on a side stream.
+
+    Raises :class:`NotCapturable` where the capture fails: the call synchronises, or allocates on the host.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                kept = call()  # its memory belongs to the graph and must outlive it
+        except Exception as error:
+            torch.cuda.synchronize()
+            if is_out_of_memory(error):
+                raise
+            first_line = str(error).partition("\n")[0]
+            raise NotCapturable(
+                f"no CUDA graph can be made of it: {type(error).__name__}: {first_line}"
+            ) from error
+
+    def replay(kept: Any = kept) -> None:
+        graph.replay()
+
+    return replay
+
+
+def rotating(call: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], Any]:
+    """A call without arguments that hands ``call`` the next of ``inputs`` each time, and starts over.
+
+    With inputs that are together larger than the last cache, none is found there by the call that reads it.
+    """
+    if not inputs:
+        raise ValueError("rotating() was given no inputs")
+    turn = itertools.cycle(inputs)
+    return lambda: call(next(turn))
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
+    """Memory that one call takes at its peak, beyond what was held before it.
+
+    On CUDA what PyTorch's allocator had handed out; on the CPU the resident pages of the process, where the
+    kernel keeps their high-water mark (Linux), else ``None``. Freed memory is given back first.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    before = begin_resident_peak()
+    if before is None:
+        return None
+    call()
+    return max(0, resident_bytes("VmHWM") - before)
+
+
+def begin_resident_peak() -> int | None:
+    """Give freed memory back, begin a new high-water mark of resident pages and return it, in bytes; ``None``
+    where the system has none."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return resident_bytes("VmRSS")
+    except (OSError, StopIteration):
+        return None
+
+
+def resident_bytes(field: str) -> int:
+    """A field of /proc/self/status, such as VmRSS or VmHWM, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
 def _warm_up(
     call: Callable[[], Any], clock: Callable, samples: Samples, *, min_calls: int, max_seconds: float
 ) -> float:
@@ -220,14 +348,21 @@ def measure(
     max_warmup_seconds: float = 20.0,
     threads: int | None = None,
     flush_l2: bool = True,
+    launches: Sequence[str] = ("eager",),
+    enough: Callable[[Comparison], bool] | None = None,
     seed: int = 0,
     observer: Observer | None = None,
 ) -> Comparison:
     """Time every variant, a callable without arguments, in interleaved rounds.
 
     A visit repeats a short call until ``visit_seconds`` are filled, and gives one sample, in seconds per
-    call. ``max_seconds`` ends the rounds early (never before three of them). The caller decides about
-    gradients: wrap the callables in ``torch.inference_mode()`` where none are wanted.
+    call. ``max_seconds`` ends the rounds early (never before three of them), and so does ``enough``, which is
+    asked after every round from the fifth on. The caller decides about gradients: wrap the callables in
+    ``torch.inference_mode()`` where none are wanted.
+
+    ``launches``: on CUDA, how each variant is timed: "eager", "graph" or both. The samples of replays go by
+    the name :func:`replayed` gives; a variant that no graph can be made of fails there and says why. On the
+    CPU there is nothing to replay, and every variant is timed once.
 
     A variant that raises is taken out and its ``failure`` says why, running out of memory by name; the
     others go on. Ctrl-C ends the measurement with every complete sample kept and ``interrupted`` set.
@@ -236,15 +371,28 @@ def measure(
         raise ValueError("measure() was given no variants")
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: at least one round is needed")
+    if not launches or not set(launches) <= set(LAUNCHES):
+        raise ValueError(f"launches={launches!r}: choose from {', '.join(LAUNCHES)}")
     device = torch.device(device)
     clock = _CudaClock(device, flush_l2) if device.type == "cuda" else _HostClock()
-    comparison = Comparison({name: Samples(name) for name in variants}, str(device), torch.get_num_threads())
+    if device.type != "cuda":
+        launches = ("eager",)
+    ways = {_named(name, how): (call, how) for name, call in variants.items() for how in launches}
+    comparison = Comparison(
+        {name: Samples(name, launch=how) for name, (_, how) in ways.items()},
+        str(device),
+        torch.get_num_threads(),
+    )
+    calls: dict[str, Callable[[], Any]] = {}
     order = random.Random(seed)
     tell = observer or (lambda phase, name, step, steps: None)
     active: list[str] = []
 
     def retire(name: str, error: Exception) -> None:
         reason = OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+        if isinstance(error, NotCapturable):
+            reason = str(error)
+        calls.pop(name, None)
         comparison.samples[name].failure = reason
         if name in active:
             active.remove(name)
@@ -254,10 +402,11 @@ def measure(
 
     with cpu_threads(threads) as comparison.threads:
         try:
-            for step, (name, call) in enumerate(variants.items()):
-                tell("warm-up", name, step, len(variants))
+            for step, (name, (call, how)) in enumerate(ways.items()):
+                tell("warm-up", name, step, len(ways))
                 samples = comparison.samples[name]
                 try:
+                    calls[name] = call = call if how == "eager" else captured(call, device)
                     best = _warm_up(
                         call, clock, samples, min_calls=min_warmup_calls, max_seconds=max_warmup_seconds
                     )
@@ -274,8 +423,8 @@ def measure(
                     tell("measure", name, index, rounds)
                     samples = comparison.samples[name]
                     try:
-                        clock(variants[name], 1)  # refills the caches after the variant before; not counted
-                        wall, cpu, on_device = clock(variants[name], samples.calls_per_visit)
+                        clock(calls[name], 1)  # refills the caches after the variant before; not counted
+                        wall, cpu, on_device = clock(calls[name], samples.calls_per_visit)
                     except Exception as error:
                         retire(name, error)
                         continue
@@ -284,6 +433,8 @@ def measure(
                     samples.cpu.append(cpu)
                     if on_device is not None:
                         samples.device = [*(samples.device or []), on_device]
+                if enough is not None and index >= 4 and enough(comparison):
+                    break
         except KeyboardInterrupt:
             comparison.interrupted = True
             for samples in comparison.samples.values():

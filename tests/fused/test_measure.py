@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from fastnets.bench.measure import OUT_OF_MEMORY, Comparison, Samples, cpu_threads, is_out_of_memory, measure
+from fastnets.fused.measure import (
+    OUT_OF_MEMORY,
+    Comparison,
+    NotCapturable,
+    Samples,
+    captured,
+    cpu_threads,
+    is_out_of_memory,
+    measure,
+    peak_bytes,
+    replayed,
+    rotating,
+)
 
 
 def spend(seconds: float):
@@ -189,6 +201,61 @@ def test_a_real_allocation_failure_is_recognised():
     assert comparison.samples["huge"].failure == OUT_OF_MEMORY
 
 
+def test_enough_ends_the_rounds_but_not_before_five():
+    asked = []
+
+    def enough(comparison: Comparison) -> bool:
+        asked.append(len(comparison.samples["a"].times))
+        return len(asked) == 3
+
+    samples = measure({"a": lambda: None}, rounds=50, visit_seconds=0, enough=enough).samples["a"]
+    assert asked == [5, 6, 7]
+    assert len(samples.wall) == 7
+
+
+def test_the_chance_of_being_the_fastest():
+    rounds = list(range(20))
+    times = {"one": [1.0 + 0.1 * (i % 3) for i in rounds], "two": [1.05 + 0.1 * (i % 3) for i in rounds]}
+    samples = {name: Samples(name, rounds, values, values) for name, values in times.items()}
+    samples["broken"] = Samples("broken", failure="TypeError")
+    clear = Comparison(samples, "cpu", 1)
+    assert clear.chance_fastest("one") == 1
+    assert clear.chance_fastest("two") == clear.chance_fastest("broken") == 0
+    draws = np.random.default_rng(0).lognormal(0, 0.3, size=(2, 20))
+    samples = {name: Samples(name, rounds, list(t), list(t)) for name, t in zip("ab", draws)}
+    unclear = Comparison(samples, "cpu", 1)
+    assert 0.02 < unclear.chance_fastest("a") < 0.98
+    assert unclear.chance_fastest("a") + unclear.chance_fastest("b") == pytest.approx(1)
+
+
+def test_rotating_hands_over_each_input_in_turn():
+    seen = []
+    call = rotating(seen.append, ["x", "y", "z"])
+    for _ in range(7):
+        call()
+    assert "".join(seen) == "xyzxyzx"
+    with pytest.raises(ValueError, match="no inputs"):
+        rotating(print, [])
+
+
+def test_the_peak_of_a_call_is_what_it_holds_at_once():
+    def call():
+        first = torch.ones(8 << 20)  # 32 MiB
+        del first
+        return torch.ones(16 << 20)  # 64 MiB, given back when the call is over
+
+    peak = peak_bytes(call)
+    if peak is None:
+        pytest.skip("this system keeps no high-water mark of resident memory")
+    assert 60 << 20 < peak < 120 << 20
+
+
+def test_launches_are_named_and_on_the_cpu_there_is_one():
+    assert list(measure({"a": lambda: None}, rounds=1, launches=("eager", "graph")).samples) == ["a"]
+    with pytest.raises(ValueError, match="eager, graph"):
+        measure({"a": lambda: None}, launches=("lazy",))
+
+
 @pytest.mark.parametrize("bad", [{"variants": {}}, {"variants": {"a": print}, "rounds": 0}])
 def test_bad_requests(bad):
     with pytest.raises(ValueError):
@@ -204,3 +271,35 @@ def test_cuda_times_are_event_times():
     assert len(one.device) == 10
     assert all(0 < device <= wall * 1.5 for device, wall in zip(one.device, one.wall))
     assert 1.4 < comparison.ratio("one", "two").value < 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_replayed_graph_leaves_out_the_host():
+    x = torch.randn(64, 64, device="cuda")
+
+    def many_small_ones():
+        y = x
+        for _ in range(100):
+            y = y + 1
+        return y
+
+    variants = {"small": many_small_ones, "synchronises": lambda: (x.sum().item(), x + 1)}
+    comparison = measure(variants, device="cuda", rounds=10, launches=("eager", "graph"))
+    assert comparison.samples[replayed("small")].launch == "graph"
+    assert comparison.ratio(replayed("small"), "small").low > 1
+    assert "no CUDA graph" in comparison.samples[replayed("synchronises")].failure
+    assert comparison.samples["synchronises"].times
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graph_computes_what_the_call_computes():
+    x, y = torch.ones(4, device="cuda"), torch.zeros(4, device="cuda")
+    replay = captured(lambda: y.copy_(2 * x), "cuda")
+    x.fill_(3)
+    replay()
+    assert y.tolist() == [6, 6, 6, 6]
+    with pytest.raises(NotCapturable):
+        captured(lambda: x.sum().item(), "cuda")
+    assert peak_bytes(lambda: torch.empty(1 << 20, device="cuda"), "cuda") == 4 << 20
