@@ -24,6 +24,7 @@ rest where it belongs: few channels to ``conv_joint``, narrow groups to ``conv_g
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -42,6 +43,7 @@ from fastnets.kernels.conv_shape import (
     NO_STATISTICS,
     SIZES,
     ConvCall,
+    ConvPlan,
     ceil_div,
     conv_call,
     pixel_pitch,
@@ -275,18 +277,18 @@ def conv_bn_act(
     config that does not fit the kernel.
     """
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
+    if groups > 1 and x.dim() == 4 and groups == x.shape[1]:
+        from fastnets.kernels.depthwise import depthwise_conv
+
+        return depthwise_conv(
+            x, weight, vectors, residual, stride, padding, dilation, groups,
+            eps, activation, negative_slope, config,
+        )[0]  # fmt: skip
     call = conv_call(
         x, weight, vectors, residual, stride, padding, dilation, groups,
         eps, activation, negative_slope, config,
     )  # fmt: skip
     kernel = kernel_of(call.shape)
-    if kernel == "depthwise":
-        from fastnets.kernels.depthwise import depthwise_conv_bn_act
-
-        return depthwise_conv_bn_act(
-            x, weight, *vectors, residual, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            eps=eps, activation=activation, negative_slope=negative_slope, config=config,
-        )  # fmt: skip
     if kernel == "joint":
         from fastnets.kernels.conv_joint import joint_conv
 
@@ -298,25 +300,21 @@ def conv_bn_act(
     return taps_conv(call)[0]
 
 
-def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
-    """Runs ``conv_kernel``, and ``conv_reduce_kernel`` after it where the config splits the columns.
+class _SecondPass(NamedTuple):
+    """``conv_reduce_kernel``'s part of a plan, and the workspace between the two kernels."""
 
-    Returns y, and the statistics of its row tiles: None in place of each tensor unless call.statistics.
-    """
+    workspace: tuple[int, int, int]
+    plan: ConvPlan
+
+
+def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     shape = call.shape
-    y = call.empty_output()
-    if y.numel() == 0:
-        return y, call.empty_statistics(0)
-    flags = call.flags(y)
+    C, K, M = shape.group_channels, shape.group_outputs, shape.M
+    flags = call.flags(M * shape.K)
     config = config_for(call, flags)
-    C, K, M, SPLIT_K = shape.group_channels, shape.group_outputs, shape.M, config.SPLIT_K
-    out = y
+    SPLIT_K = config.SPLIT_K
     if SPLIT_K > 1:
-        out = torch.empty((SPLIT_K, M, shape.K), dtype=torch.float32, device=y.device)
-        flags = call.flags(out)
-    finishing = reduce_config(shape) if SPLIT_K > 1 else config
-    tiles_m = ceil_div(M, finishing.BLOCK_M)
-    moments = call.empty_statistics(tiles_m)
+        flags = call.flags(SPLIT_K * M * shape.K)
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s, *residual_strides = call.strides()
     even = C % config.BLOCK_K == 0
     run = weight_c == 1 and (shape.S == 1 or weight_s == C) and (shape.R == 1 or weight_r == shape.S * C)
@@ -324,32 +322,77 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
     if shape.taps == 1 and shape.padding == (0, 0) and shape.stride == (1, 1):
         pitch = pixel_pitch(call.x.shape, (x_n, x_c, x_h, x_w))
     before = call.prologue
-    prologue = (None,) * 5 if before is None else (*before.tensors, before.negative_slope)
+    tiles_m = ceil_div(M, config.BLOCK_M)
+    first = ConvPlan(
+        config,
+        (tiles_m * ceil_div(K, config.BLOCK_N), shape.groups, SPLIT_K),
+        (
+            *(M, C, shape.H, shape.W, K, shape.P, shape.Q, shape.K),
+            *(x_n, x_c, x_h, x_w if pitch is None else pitch),
+            *(weight_k, weight_c, weight_r, weight_s, *residual_strides),
+        ),
+        {
+            "EVEN_C": even,
+            "FLAT_X": pitch is not None,
+            "FLAT_WEIGHT": even and run,
+            "X_ACTIVATION": "none" if before is None else before.activation,
+            **flags,
+        },
+        tiles_m,
+    )
+    if SPLIT_K == 1:
+        return first, None
+    finishing = reduce_config(shape)
+    tiles_m = ceil_div(M, finishing.BLOCK_M)
+    names = ("VECTOR_Y", "DENSE_RESIDUAL", "WIDE", "ACTIVATION")
+    second = ConvPlan(
+        finishing,
+        (tiles_m, ceil_div(shape.K, finishing.BLOCK_N)),
+        (M, shape.K, shape.P, shape.Q, *residual_strides),
+        {"SPLIT_K": SPLIT_K, **{name: flags[name] for name in names}},
+        tiles_m,
+    )
+    return first, _SecondPass((SPLIT_K, M, shape.K), second)
+
+
+def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
+    """Runs ``conv_kernel``, and ``conv_reduce_kernel`` after it where the config splits the columns.
+
+    Returns y, and the statistics of its row tiles: None in place of each tensor unless call.statistics.
+    """
+    y = call.empty_output()
+    if call.shape.M == 0:
+        return y, call.empty_statistics(0)
+    plan, second = call.plan(_plan)
+    before = call.prologue
+    prologue = _NO_PROLOGUE if before is None else (*before.tensors, before.negative_slope)
     reads = (call.x, call.weight, *prologue[:4])
-    tiles = ceil_div(M, config.BLOCK_M) * ceil_div(K, config.BLOCK_N)
-    launch(
-        conv_kernel, (tiles, shape.groups, SPLIT_K),
-        call.x, call.weight, out, *call.vectors, call.residual,
-        M, C, shape.H, shape.W, K, shape.P, shape.Q, shape.K,
-        x_n, x_c, x_h, x_w if pitch is None else pitch, weight_k, weight_c, weight_r, weight_s,
-        *residual_strides, call.eps, call.negative_slope,
-        *(NO_STATISTICS if SPLIT_K > 1 else moments), *prologue,
-        config=config, flops=shape.flops,
-        reads=reads if SPLIT_K > 1 else (*reads, *call.vectors, call.residual),
-        writes=(out,) if SPLIT_K > 1 else (out, *moments),
-        EVEN_C=even, FLAT_X=pitch is not None, FLAT_WEIGHT=even and run,
-        X_ACTIVATION="none" if before is None else before.activation, **flags,
-    )  # fmt: skip
-    if SPLIT_K > 1:
+    if second is None:
+        moments = call.empty_statistics(plan.tiles_m)
         launch(
-            conv_reduce_kernel, (tiles_m, ceil_div(shape.K, finishing.BLOCK_N)),
-            out, y, *call.vectors, call.residual, M, shape.K, shape.P, shape.Q,
-            *residual_strides, call.eps, call.negative_slope, *moments,
-            config=finishing, reads=(out, *call.vectors, call.residual), writes=(y, *moments),
-            SPLIT_K=SPLIT_K,
-            **{name: flags[name] for name in ("VECTOR_Y", "DENSE_RESIDUAL", "WIDE", "ACTIVATION")},
+            conv_kernel, plan.grid, call.x, call.weight, y, *call.vectors, call.residual, *plan.sizes,
+            call.eps, call.negative_slope, *moments, *prologue,
+            config=plan.config, flops=call.shape.flops,
+            reads=(*reads, *call.vectors, call.residual), writes=(y, *moments), **plan.constexprs,
         )  # fmt: skip
+        return y, moments
+    partial = torch.empty(second.workspace, dtype=torch.float32, device=y.device)
+    launch(
+        conv_kernel, plan.grid, call.x, call.weight, partial, *call.vectors, call.residual, *plan.sizes,
+        call.eps, call.negative_slope, *NO_STATISTICS, *prologue,
+        config=plan.config, flops=call.shape.flops, reads=reads, writes=(partial,), **plan.constexprs,
+    )  # fmt: skip
+    plan = second.plan
+    moments = call.empty_statistics(plan.tiles_m)
+    launch(
+        conv_reduce_kernel, plan.grid, partial, y, *call.vectors, call.residual, *plan.sizes,
+        call.eps, call.negative_slope, *moments, config=plan.config,
+        reads=(partial, *call.vectors, call.residual), writes=(y, *moments), **plan.constexprs,
+    )  # fmt: skip
     return y, moments
+
+
+_NO_PROLOGUE = (None,) * 5
 
 
 def configs(device: Device) -> list[Config]:

@@ -29,7 +29,7 @@ from fastnets.kernels.conv_configs import (
     kernel_configs,
     representative,
 )
-from fastnets.kernels.conv_shape import SIZES, ConvCall, ceil_div, vector_width
+from fastnets.kernels.conv_shape import SIZES, ConvCall, ConvPlan, ceil_div, vector_width
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
@@ -123,11 +123,22 @@ def conv_packed_kernel(
 
 def packed_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
     """Runs ``conv_packed_kernel`` for a call that ``conv_configs.kernel_of`` gave to it, as ``taps_conv``."""
-    shape = call.shape
     y = call.empty_output()
-    if y.numel() == 0:
+    if call.shape.M == 0:
         return y, call.empty_statistics(0)
-    flags = call.flags(y)
+    plan = call.plan(_plan)
+    moments = call.empty_statistics(plan.tiles_m)
+    launch(
+        conv_packed_kernel, plan.grid, call.x, call.weight, y, *call.vectors, call.residual, *plan.sizes,
+        call.eps, call.negative_slope, *moments, config=plan.config, flops=call.shape.flops,
+        reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y, *moments), **plan.constexprs,
+    )  # fmt: skip
+    return y, moments
+
+
+def _plan(call: ConvCall) -> ConvPlan:
+    shape = call.shape
+    flags = call.flags(shape.M * shape.K)
     config = config_for(call, flags)
     pack = groups_per_tile(shape, config)
     if pack == 0 or config.SPLIT_K > 1:
@@ -135,25 +146,17 @@ def packed_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
             f"{config}: no group of {shape.group_channels} channels and {shape.group_outputs} outputs fits, "
             "or its columns are split; use a config of conv_grouped.configs with larger blocks"
         )
-    x_n, x_c, x_h, x_w, *other_strides = call.strides()
+    strides = x_n, x_c, x_h, x_w, *_ = call.strides()
+    size = call.x.element_size()
     if x_c == 1:
         # A tile's channels run through all its groups.
-        flags["VECTOR_X"] = vector_width(
-            y.element_size(), pack * shape.group_channels, shape.C, x_n, x_h, x_w
-        )
-    flags["VECTOR_Y"] = vector_width(y.element_size(), pack * shape.group_outputs, shape.K)
-    bundles = ceil_div(shape.groups, pack)
+        flags["VECTOR_X"] = vector_width(size, pack * shape.group_channels, shape.C, x_n, x_h, x_w)
+    flags["VECTOR_Y"] = vector_width(size, pack * shape.group_outputs, shape.K)
     tiles_m = ceil_div(shape.M, config.BLOCK_M)
-    moments = call.empty_statistics(tiles_m)
-    launch(
-        conv_packed_kernel, (tiles_m * bundles,),
-        call.x, call.weight, y, *call.vectors, call.residual,
-        shape.M, shape.C, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K,
-        x_n, x_c, x_h, x_w, *other_strides, call.eps, call.negative_slope, *moments, config=config,
-        reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y, *moments), flops=shape.flops,
-        GROUP_CHANNELS=shape.group_channels, GROUP_OUTPUTS=shape.group_outputs, PACK=pack, **flags,
-    )  # fmt: skip
-    return y, moments
+    sizes = (shape.M, shape.C, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K, *strides)
+    groups = {"GROUP_CHANNELS": shape.group_channels, "GROUP_OUTPUTS": shape.group_outputs, "PACK": pack}
+    grid = (tiles_m * ceil_div(shape.groups, pack),)
+    return ConvPlan(config, grid, sizes, {**groups, **flags}, tiles_m)
 
 
 def configs(device: Device) -> list[Config]:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_configs import config_for, kernel_configs, representative
-from fastnets.kernels.conv_shape import SIZES, ConvCall, ceil_div
+from fastnets.kernels.conv_shape import SIZES, ConvCall, ConvPlan, ceil_div
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program, window_origin, within
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
@@ -108,25 +108,29 @@ def conv_joint_kernel(
 
 def joint_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
     """Runs ``conv_joint_kernel`` for a call that ``conv_configs.kernel_of`` gave to it, as ``taps_conv``."""
-    shape = call.shape
     y = call.empty_output()
-    if y.numel() == 0:
+    if call.shape.M == 0:
         return y, call.empty_statistics(0)
-    flags = call.flags(y)
+    plan = call.plan(_plan)
+    moments = call.empty_statistics(plan.tiles_m)
+    launch(
+        conv_joint_kernel, plan.grid, call.x, call.weight, y, *call.vectors, call.residual, *plan.sizes,
+        call.eps, call.negative_slope, *moments, config=plan.config, flops=call.shape.flops,
+        reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y, *moments), **plan.constexprs,
+    )  # fmt: skip
+    return y, moments
+
+
+def _plan(call: ConvCall) -> ConvPlan:
+    shape = call.shape
+    flags = call.flags(shape.M * shape.K)
     config = config_for(call, flags)
     if config.SPLIT_K > 1:
         raise UnsupportedConfig(f"SPLIT_K={config.SPLIT_K}: {shape.C} channels make too few columns to split")
     tiles_m = ceil_div(shape.M, config.BLOCK_M)
-    moments = call.empty_statistics(tiles_m)
-    launch(
-        conv_joint_kernel, (tiles_m * ceil_div(shape.K, config.BLOCK_N),),
-        call.x, call.weight, y, *call.vectors, call.residual,
-        shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K,
-        *call.strides(), call.eps, call.negative_slope, *moments, config=config,
-        reads=(call.x, call.weight, *call.vectors, call.residual), writes=(y, *moments), flops=shape.flops,
-        C=shape.C, **flags,
-    )  # fmt: skip
-    return y, moments
+    sizes = (shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K, *call.strides())
+    grid = (tiles_m * ceil_div(shape.K, config.BLOCK_N),)
+    return ConvPlan(config, grid, sizes, {"C": shape.C, **flags}, tiles_m)
 
 
 def configs(device: Device) -> list[Config]:

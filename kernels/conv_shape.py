@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from fastnets.kernels.activation import check_activation
 from fastnets.kernels.batch_norm_training import Statistics
+from fastnets.kernels.device import current_device
 from fastnets.kernels.launch import DTYPES, Config
 
 __all__ = [
     "ConvCall",
+    "ConvPlan",
     "ConvShape",
     "Prologue",
     "ceil_div",
     "conv_call",
     "convolution_shape",
+    "forget_plans",
     "pixel_pitch",
     "product_precision",
     "vector_width",
@@ -108,6 +110,19 @@ class Prologue(NamedTuple):
         return self[:4]
 
 
+class ConvPlan(NamedTuple):
+    """All of a launch that follows from sizes, strides and options: worked out once, see ``ConvCall.plan``.
+
+    sizes: the kernel's arguments between the tensors and ``eps``; tiles_m: row tiles, each with statistics.
+    """
+
+    config: Config
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    constexprs: dict[str, Any]
+    tiles_m: int
+
+
 @dataclass
 class ConvCall:
     """The operands of a checked call. vectors: (bias, running_mean, running_var, bn_weight, bn_bias)."""
@@ -126,12 +141,27 @@ class ConvCall:
     prologue: Prologue | None = None
     statistics: bool = False
     """Whether the statistics of y are asked for."""
+    plans: dict[tuple, Any] = field(default_factory=dict)
+    """What ``plan`` keeps, shared by all calls of the same sizes, strides and dtypes."""
+
+    def plan(self, make: Callable[[ConvCall], Any]) -> Any:
+        """``make(self)``, which depends on nothing but sizes, strides, dtypes, options and the device."""
+        before = self.prologue
+        key = (
+            make, self.config, self.activation, self.precision, self.statistics,
+            before if before is None else before.activation, current_device(self.x),
+        )  # fmt: skip
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = make(self)
+        return plan
 
     def empty_output(self) -> torch.Tensor:
         """y [N, K, P, Q], dense channels-last, of x's dtype and device."""
         shape = self.shape
-        size = (shape.N, shape.K, shape.P, shape.Q)
-        return torch.empty(size, dtype=self.x.dtype, device=self.x.device, memory_format=torch.channels_last)
+        N, K, P, Q = shape.N, shape.K, shape.P, shape.Q
+        strides = (K * P * Q, 1, K * Q, K)
+        return torch.empty_strided((N, K, P, Q), strides, dtype=self.x.dtype, device=self.x.device)
 
     def empty_statistics(self, tiles: int) -> Statistics:
         """Where the epilogue writes the statistics of y's row tiles, or ``NO_STATISTICS``."""
@@ -141,9 +171,9 @@ class ConvCall:
         """Of x, weight and residual in their order of dimensions: twelve numbers."""
         return self._layout(0)[0]
 
-    def flags(self, *outputs: torch.Tensor) -> dict[str, object]:
-        """The compile-time arguments that all convolution kernels share."""
-        flags = self._layout(max((t.numel() for t in outputs), default=0))[1]
+    def flags(self, outputs: int = 0) -> dict[str, object]:
+        """The compile-time arguments that all convolution kernels share. outputs: elements of the output."""
+        flags = self._layout(outputs)[1]
         return {**flags, "PRECISION": self.precision, "ACTIVATION": self.activation}
 
     def _layout(self, outputs: int):
@@ -152,7 +182,6 @@ class ConvCall:
         return _layout(self.shape, size, self.x.stride(), self.weight.stride(), residual, outputs)
 
 
-@functools.lru_cache(maxsize=4096)
 def _layout(
     shape: ConvShape,
     element_size: int,
@@ -161,7 +190,7 @@ def _layout(
     residual: tuple[int, ...] | None,
     outputs: int,
 ) -> tuple[tuple[int, ...], dict[str, object]]:
-    """What follows from sizes and strides alone, worked out once: ``ConvCall.strides`` and most of its flags.
+    """What follows from sizes and strides alone: ``ConvCall.strides`` and most of its flags.
 
     outputs: elements of the largest output.
     """
@@ -229,9 +258,9 @@ def convolution_shape(
 def product_precision(x: torch.Tensor) -> str:
     """Of fp32 products: "ieee", or "tf32" where torch's switch for convolutions allows it."""
     # Meta tensors stand for those of the assumed device.
-    on_cuda = x.is_cuda or x.is_meta
-    tf32 = x.dtype == torch.float32 and on_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    if x.dtype != torch.float32 or not (x.is_cuda or x.is_meta):
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def conv_call(
@@ -253,28 +282,63 @@ def conv_call(
     Raises ``TypeError`` for a dtype and ``ValueError`` for anything else that is no convolution.
     """
     check_activation(activation)
-    shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation, groups)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is {x.dtype}; supported: float32, float16, bfloat16")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight is {weight.dtype} but x is {x.dtype}; cast one of them")
-    N, K, P, Q = shape.N, shape.K, shape.P, shape.Q
-    for name, vector in zip(_VECTORS, vectors):
-        if vector is not None and vector.shape != (K,):
-            raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{K}]")
+    stride, padding, dilation = tuple(stride), tuple(padding), tuple(dilation)
+    added = None if residual is None else (residual.shape, residual.stride(), residual.dtype)
+    key = (
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, added,
+        stride, padding, dilation, groups,
+    )  # fmt: skip
+    checked = _checked.get(key)
+    if checked is None:
+        shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation, groups)
+        _check_operands(x, weight, residual, shape)
+        if len(_checked) >= _CHECKED:
+            _checked.clear()
+        checked = _checked[key] = shape, torch.Size((shape.K,)), {}
+    shape, channels, plans = checked
     _, mean, var, bn_weight, bn_bias = vectors
     if (mean is None) != (var is None) or (mean is None and (bn_weight is not None or bn_bias is not None)):
         raise ValueError(
             "batch norm needs running_mean and running_var together; bn_weight and bn_bias need both"
         )
+    for vector in vectors:
+        if vector is not None and (vector.shape != channels or not vector.is_contiguous()):
+            vectors = _checked_vectors(vectors, shape.K)
+            break
+    precision = product_precision(x)
+    return ConvCall(
+        shape, x, weight, vectors, residual, eps, activation, negative_slope, config, precision, plans=plans
+    )  # fmt: skip
+
+
+_CHECKED = 4096  # calls that differ in sizes, strides or dtypes; beyond that all are checked anew
+_checked: dict[tuple, tuple[ConvShape, torch.Size, dict]] = {}
+
+
+def forget_plans() -> None:
+    """Check and plan every call anew (for tests that change what plans depend on)."""
+    _checked.clear()
+
+
+def _check_operands(x, weight, residual, shape: ConvShape) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}; supported: float32, float16, bfloat16")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight is {weight.dtype} but x is {x.dtype}; cast one of them")
     if residual is not None:
-        if residual.shape != (N, K, P, Q):
-            raise ValueError(f"residual has shape {list(residual.shape)}, expected {[N, K, P, Q]}; expand it")
+        size = [shape.N, shape.K, shape.P, shape.Q]
+        if list(residual.shape) != size:
+            raise ValueError(f"residual has shape {list(residual.shape)}, expected {size}; expand it")
         if residual.dtype != x.dtype:
             raise TypeError(f"residual is {residual.dtype} but x is {x.dtype}; cast one of them")
-    vectors = tuple(v if v is None or v.is_contiguous() else v.contiguous() for v in vectors)
-    precision = product_precision(x)
-    return ConvCall(shape, x, weight, vectors, residual, eps, activation, negative_slope, config, precision)
+
+
+def _checked_vectors(vectors: tuple, K: int) -> tuple:
+    """The vectors, contiguous."""
+    for name, vector in zip(_VECTORS, vectors):
+        if vector is not None and vector.shape != (K,):
+            raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{K}]")
+    return tuple(v if v is None or v.is_contiguous() else v.contiguous() for v in vectors)
 
 
 # What kernels take for mean, m2 and count where nobody asks for statistics.

@@ -174,7 +174,7 @@ def tensor_map_conv(call: ConvCall) -> torch.Tensor:
     x = _descriptor(call.x, (N, H, W, C), (x_n, x_h, x_w, 1), (*box, BLOCK_K))
     weight = _descriptor(call.weight, (K, shape.taps, C), (weight_k, tap, 1), (BLOCK_N, 1, BLOCK_K))
     boxes = [ceil_div(size, block) for size, block in zip((N, shape.P, shape.Q), box)]
-    flags = call.flags(y)
+    flags = call.flags(y.numel())
     for name in ("STRIDE_H", "STRIDE_W", "VECTOR_X", "VECTOR_WEIGHT", "PRECISION"):
         del flags[name]
     # The tile is a box here, and the order of programs is the kernel's own.

@@ -45,6 +45,10 @@ class Device:
     registers_per_block: int = 65536
     registers_per_thread: int = 255
 
+    def __hash__(self) -> int:
+        # Of what tells devices apart: the whole would be hashed at every look-up of a plan.
+        return hash((self.name, self.multiprocessors))
+
     def blocks_resident(self, num_warps: int, shared_bytes: int = 0, registers_per_thread: int = 32) -> int:
         """Blocks that fit one multiprocessor at once; 0 where one does not fit at all."""
         if shared_bytes > self.shared_memory_per_block or registers_per_thread > self.registers_per_thread:

@@ -2,6 +2,10 @@
 
 ``launch`` guards the device, reports to whoever observes (traffic counting, the ahead-of-time lane), leaves
 meta tensors to the observers alone, and says plainly when nothing here could run the kernel.
+
+Triton binds, specialises and looks up its compiled kernel anew at every launch, which for kernels of sixty
+arguments takes longer than many kernels run. So a compiled kernel is kept under all that it was specialised
+on (``_signature``), and from its second launch on handed its arguments directly.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
+from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
@@ -192,16 +199,127 @@ def launch(
         index = anchor.get_device()
         if index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                kernel[grid](*args, **config.meta, **constexprs, **config.options)
+                _run(kernel, grid, args, config, constexprs)
             return
     elif isinstance(kernel, JITFunction):
         _require_driver_for(anchor, kernel)
     if _observers:
         # An interpreter or emulator moves tensors by PyTorch ops, which a counting mode is not to see.
         with _disable_current_modes():
-            kernel[grid](*args, **config.meta, **constexprs, **config.options)
+            _run(kernel, grid, args, config, constexprs)
         return
-    kernel[grid](*args, **config.meta, **constexprs, **config.options)
+    _run(kernel, grid, args, config, constexprs)
+
+
+# --- launching what is compiled already ---------------------------------------------------------------------
+
+_KEPT = 8192  # compiled kernels known by their signatures; beyond that all are found again through Triton
+
+
+class _Compiled:
+    """The compiled kernels of one Triton driver by what they were specialised on.
+
+    ``takes_addresses``: the driver is Triton's own for CUDA, which takes a pointer as a number, too, and then
+    does not ask the CUDA driver whose it is.
+    """
+
+    __slots__ = ("driver", "kernels", "specialises_as_cuda", "takes_addresses")
+
+    def __init__(self, active: Any):
+        self.driver = active
+        self.kernels: dict[tuple, tuple] = {}
+        self.takes_addresses = type(active).__module__ == "triton.backends.nvidia.driver"
+        # Another backend may look at more of an argument than _signature does.
+        self.specialises_as_cuda = active is not None and active.get_current_target().backend == "cuda"
+
+
+_compiled = _Compiled(None)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple, config: Config, constexprs: dict) -> None:
+    """``kernel[grid](*args, **config.meta, **constexprs, **config.options)``, past the binder where known."""
+    global _compiled
+    key = None
+    if kernel.__class__ is JITFunction and not kernel.pre_run_hooks and not _launch_is_hooked():
+        compiled = _compiled
+        active = driver.active
+        if compiled.driver is not active:
+            compiled = _compiled = _Compiled(active)
+        signature = _signature(args) if compiled.specialises_as_cuda else None
+        if signature is not None:
+            device = active.get_current_device()
+            key = (id(kernel), config, device, signature, *constexprs, *constexprs.values())
+            found = compiled.kernels.get(key)
+            if found is not None:
+                run, function, packed_metadata, pointers, constants, *_ = found
+                if pointers:
+                    args = list(args)
+                    for i in pointers:
+                        args[i] = args[i].data_ptr()
+                x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+                stream = active.get_current_stream(device)
+                run(x, y, z, stream, function, packed_metadata, None, None, None, *args, *constants)
+                return
+    result = kernel[grid](*args, **config.meta, **constexprs, **config.options)
+    if key is not None and isinstance(result, CompiledKernel):
+        if len(compiled.kernels) >= _KEPT:
+            compiled.kernels.clear()
+        by_name = {**config.meta, **constexprs}
+        constants = tuple([by_name.get(p.name, p.default) for p in kernel.params[len(args) :]])
+        pointers = ()
+        if compiled.takes_addresses:
+            pointers = tuple([i for i, a in enumerate(args) if isinstance(a, Tensor)])
+        # The kernel is kept with the rest, so that its id stays its own.
+        compiled.kernels[key] = (
+            result.run, result.function, result.packed_metadata, pointers, constants, kernel
+        )  # fmt: skip
+
+
+def _signature(args: tuple) -> tuple | None:
+    """All that Triton specialises on in these arguments; None where there is something else among them.
+
+    It looks at the dtype of a tensor and whether its address divides by 16, at the class of a float, and at
+    an integer's range, whether it is 1 and whether it divides by 16. Integers stand here for themselves.
+    """
+    try:
+        return tuple(
+            [
+                a if a.__class__ is int or a is None
+                else float if a.__class__ is float
+                else _SIGNATURES[a.__class__](a)
+                for a in args
+            ]
+        )  # fmt: skip
+    except KeyError:
+        return None
+
+
+def _signature_of_tuple(values: tuple) -> tuple:
+    signature = _signature(values)
+    if signature is None:
+        raise KeyError
+    return signature
+
+
+def _of_tensor(x: Tensor) -> tuple:
+    return x.dtype, x.data_ptr() % 16 == 0, x.get_device()
+
+
+_SIGNATURES: dict[type, Callable[[Any], tuple]] = {
+    Tensor: _of_tensor,
+    torch.nn.Parameter: _of_tensor,
+    bool: lambda value: (bool, value),
+    tuple: lambda values: (tuple, *_signature_of_tuple(values)),
+}
+
+
+def _launch_is_hooked() -> bool:
+    """Whether a profiler wants to be told of each launch."""
+    hook = knobs.runtime.launch_enter_hook
+    if hook is not None and getattr(hook, "calls", True):
+        return True
+    hook = knobs.runtime.launch_exit_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def tiles(extent: int, tile: int) -> int:

@@ -122,11 +122,11 @@ def test_split_k(lane):
 @pytest.mark.parametrize("name", ["3x3", "stem"])
 def test_64_bit_offsets(lane, name, monkeypatch):
     monkeypatch.setattr(conv_shape, "INT32_ELEMENTS", 10)
-    conv_shape._layout.cache_clear()
+    conv_shape.forget_plans()
     try:
         check(lane, conv_bn_act, CORE[name], HALF)
     finally:
-        conv_shape._layout.cache_clear()
+        conv_shape.forget_plans()
 
 
 @pytest.mark.lanes("interpreter", "gpu")

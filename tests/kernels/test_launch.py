@@ -14,6 +14,7 @@ from triton.runtime import JITFunction
 from fastnets.kernels.batch_norm import bn_add_act
 from fastnets.kernels.launch import Config, launch, observe_launches
 from tests.accuracy import assert_exact
+from tests.lanes import LANES
 
 
 @triton.jit
@@ -130,6 +131,113 @@ def test_the_device_is_guarded():
     x = torch.randn(100, device="cuda:1")
     with torch.cuda.device(0):
         torch.testing.assert_close(add(x, x), 2 * x + 1)
+
+
+class TestCompiledKernelsAreKept:
+    """From its second launch on, a kernel does not pass Triton's binder, which the lanes count here."""
+
+    @pytest.fixture
+    def bound(self, monkeypatch):
+        names = []
+        run = JITFunction.run
+
+        def counted(self, *args, **kwargs):
+            names.append(self.fn.__name__)
+            return run(self, *args, **kwargs)
+
+        monkeypatch.setattr(JITFunction, "run", counted)
+        return names
+
+    @pytest.mark.lanes("sm_80", "gpu")
+    def test_by_all_that_triton_specialises_on(self, lane, bound):
+        whole = lane.put(torch.randn(400))
+        with lane:
+            for size in (1, 16, 17, 32):  # equal to 1, divisible by 16, neither
+                for start in (0, 1):  # aligned to 16 bytes, or not
+                    for dtype in (torch.float32, torch.float16):
+                        x = whole.to(dtype)[start : start + size]
+                        for amount in (1, 3):
+                            bound.clear()
+                            first = add(x, x, amount)
+                            compiled = list(bound)
+                            again = add(x, x, amount)
+                            assert bound == compiled == ["_add"]
+                            assert torch.equal(first, again)
+                            torch.testing.assert_close(again, 2 * x + amount)
+
+    @pytest.mark.lanes("sm_80", "gpu")
+    def test_other_values_of_a_float_launch_the_same(self, lane, bound):
+        x = lane.put(torch.randn(64))
+        with lane:
+            assert torch.equal(scaled(x, 2.0), 2 * x)
+            assert torch.equal(scaled(x, 4.0), 4 * x)
+            assert bound == ["_scale"]
+            assert torch.equal(scaled(x, 4), 4 * x)  # an integer is another argument
+            assert bound == ["_scale"] * 2
+
+    @pytest.mark.lanes("sm_80", "gpu")
+    def test_integers_in_tuples_count(self, lane):
+        x = lane.put(torch.arange(64.0))
+        with lane:
+            for _ in range(2):
+                for steps in ((1, 16), (2, 16), (1, 3), (16, 1)):
+                    assert_exact((x[:4] * 0 + steps[0] + 100 * steps[1]).cpu(), of_tuple(x, steps)[:4].cpu())
+
+    @pytest.mark.lanes("sm_80", "gpu")
+    def test_profilers_see_every_launch(self, lane, bound):
+        x, seen = lane.put(torch.ones(64)), []
+        hook = triton.knobs.runtime.launch_enter_hook
+        with lane:
+            add(x, x)
+            hook.add(seen.append)
+            try:
+                add(x, x)
+                add(x, x)
+            finally:
+                hook.remove(seen.append)
+            assert [metadata.get()["name"] for metadata in seen] == ["_add"] * 2
+            add(x, x)
+        assert len(seen) == 2
+
+    def test_not_across_drivers(self):
+        x = torch.randn(64)
+        for _ in range(2):
+            for name in ("sm_80", "sm_90"):
+                if LANES[name].unavailable():
+                    pytest.skip(LANES[name].unavailable())
+                with LANES[name]:
+                    torch.testing.assert_close(add(x, x), 2 * x + 1)
+
+    def test_a_bounded_number(self, lane, monkeypatch):
+        monkeypatch.setattr("fastnets.kernels.launch._KEPT", 2)
+        x = lane.put(torch.randn(64))
+        with lane:
+            for n in (1, 2, 3, 4, 3, 2, 1):
+                torch.testing.assert_close(add(x[:n], x[:n]), 2 * x[:n] + 1)
+
+
+@triton.jit
+def _scale(x, out, factor, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i) * factor)
+
+
+def scaled(x, factor):
+    out = torch.empty_like(x)
+    launch(_scale, (1,), x, out, factor, config=Config(BLOCK=64), reads=(x,), writes=(out,))
+    return out
+
+
+@triton.jit
+def _of_tuple(out, steps, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, (steps[0] + 100 * steps[1] + i * 0).to(tl.float32))
+
+
+def of_tuple(x, steps):
+    out = torch.empty_like(x)
+    launch(_of_tuple, (1,), out, steps, config=Config(BLOCK=64), writes=(out,))
+    return out
 
 
 class TestConfig:
