@@ -22,7 +22,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import cudnn, dispatch, onednn, packing
 from fastnets.fused.activation import activation as activation_of
-from fastnets.fused.batch_norm import BATCH_NORMS, call_stock, epilogue, has_hooks, in_transform
+from fastnets.fused.batch_norm import (
+    BATCH_NORMS,
+    bn_add_act_inference,
+    call_stock,
+    epilogue,
+    has_hooks,
+    in_transform,
+)
 from fastnets.fused.batch_norm_training import Normalization, Pending, sums_of, uses_batch_statistics
 from fastnets.fused.batch_norm_training import input_gradient as normalization_gradient
 from fastnets.fused.conv_training import (
@@ -82,21 +89,20 @@ def _triton(x: Tensor, weights: Weights, residual: Tensor | None, options: Optio
     from fastnets.kernels.conv import conv_bn_act as launch
 
     weight, bias, *bn = weights
-    bias = None if bias is None else bias.to(x.dtype)
-    stride, padding, dilation = (tuple(pair) for pair in options[:3])
+    stride, padding, dilation, groups, eps, activation, negative_slope = options
     return launch(
         x,
-        weight.to(x.dtype),
-        bias,
+        weight if weight.dtype == x.dtype else weight.to(x.dtype),
+        bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype),
         *bn,
         residual,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=options.groups,
-        eps=options.eps,
-        activation=options.activation,
-        negative_slope=options.negative_slope,
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        eps=eps,
+        activation=activation,
+        negative_slope=negative_slope,
     )
 
 
@@ -110,7 +116,7 @@ def _convolution_then_epilogue(
     if bn[0] is None and residual is None and options.activation == "none":
         return F.conv2d(x, weight, bias, *options[:4])
     y = F.conv2d(x, weight, None, *options[:4])
-    return torch.ops.fastnets.bn_add_act_inference(y, bias, *bn, residual, *options[4:], "triton")
+    return bn_add_act_inference(y, bias, *bn, residual, *options[4:], "triton")
 
 
 def _prepare(
@@ -191,14 +197,21 @@ def _body(
 
     weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
     options = Options(stride, padding, dilation, groups, eps, activation, negative_slope)
-    shape = _validate(x, weights, residual, options)
-    implementation = choose(x, weight, groups, activation, backend)
-    if implementation == "reference" or x.numel() == 0 or prepared is not None:
-        return _reference(x, weights, residual, options)
-    if implementation == "triton":
-        return _triton(x, weights, residual, options)
-    if implementation == "cudnn+epilogue":
-        return _convolution_then_epilogue(x, weights, residual, options)
+    absent = (bias is None, mean is None, var is None, bn_weight is None, bn_bias is None)
+    like = (*key, len(x) > 0, weight.shape, weight.dtype, weight.device, *absent)
+    implementation = _checked.get(like)
+    if implementation is None:
+        shape = _validate(x, weights, residual, options)
+        implementation = choose(x, weight, groups, activation, backend)
+        if implementation == "reference" or x.numel() == 0 or prepared is not None:
+            return _reference(x, weights, residual, options)
+        if implementation in _CALLS:
+            if len(_checked) >= _CHECKED:
+                _checked.clear()
+            _checked[like] = implementation
+    call = _CALLS.get(implementation)
+    if call is not None:
+        return call(x, weights, residual, options)
     keep = packing.may_keep(weights)
     run = None
     if keep or _folding_pays(shape, weight):
@@ -207,6 +220,12 @@ def _body(
     if keep:
         packing.keep(weight, packing.Prepared(key, run, weight, weights[1:]))
     return run(x, residual) if run is not None else _reference(x, weights, residual, options)
+
+
+# These check the layer's vectors themselves, so that a call like one that was checked is checked no more.
+_CALLS = {"triton": _triton, "cudnn+epilogue": _convolution_then_epilogue}
+_CHECKED = 4096
+_checked: dict[tuple, str] = {}
 
 
 def _folding_pays(shape: tuple, weight: Tensor) -> bool:
@@ -582,18 +601,18 @@ def _dtypes_agree(weight: Tensor, x: Tensor, residual: Tensor | None) -> bool:
 
 def _adds_plainly(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> bool:
     """Whether the residual has the shape of the convolution's result, so that nothing broadcasts."""
-    if residual.dim() != 4 or residual.shape[0] != x.shape[0] or residual.shape[1] != conv.out_channels:
+    N, _, H, W = x.shape
+    size = residual.shape
+    if len(size) != 4 or size[0] != N or size[1] != conv.out_channels:
         return False
-    for axis in (0, 1):
-        size, reach = x.shape[2 + axis], conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-        if conv.padding == "same":
-            expected = size
-        else:
-            pad = 0 if conv.padding == "valid" else conv.padding[axis]
-            expected = (size + 2 * pad - reach - 1) // conv.stride[axis] + 1
-        if residual.shape[2 + axis] != expected:
-            return False
-    return True
+    padding = conv.padding
+    if padding == "same":
+        return size[2] == H and size[3] == W
+    down, across = (0, 0) if padding == "valid" else padding
+    (R, S), (by_row, by_column), stride = conv.kernel_size, conv.dilation, conv.stride
+    P = (H + 2 * down - by_row * (R - 1) - 1) // stride[0] + 1
+    Q = (W + 2 * across - by_column * (S - 1) - 1) // stride[1] + 1
+    return size[2] == P and size[3] == Q
 
 
 def implementation_of(
