@@ -20,7 +20,7 @@ from fastnets.bench.passes import Cost, bind, cost_of, nbytes, tensors_in
 from fastnets.fused import dispatch
 from fastnets.fused.saved import SavedBytes
 
-__all__ = ["Counter", "Moved", "Record", "Traffic", "mebibytes"]
+__all__ = ["Counter", "Moved", "Record", "Traffic", "following_modules", "mebibytes"]
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -179,7 +179,7 @@ class Counter(TorchDispatchMode):
         """Everything that this thread runs inside the block is counted."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_slow_transformer())
-            stack.enter_context(_module_calls(self))
+            stack.enter_context(following_modules(self))
             stack.enter_context(_launches(self))
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.saved, lambda tensor: tensor))
             attention = stack.enter_context(_AttentionAsOne(self))
@@ -315,7 +315,7 @@ def _launches(counter: Counter) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _module_calls(counter: Counter) -> Iterator[None]:
+def following_modules(counter: Counter) -> Iterator[None]:
     """Follows which module is being called. Not by hooks: a fused layer with hooks would run stock."""
     call = nn.Module.__call__
 

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ class BadOutput(ValueError):
     """An output path that cannot be written, or whose format is not known."""
 
 
-def refuse_unwritable(paths: Sequence[str | Path]) -> None:
-    """Raise :class:`BadOutput` unless every path names a known format in a folder that can be written to."""
+def refuse_unwritable(paths: Sequence[str | Path], formats: Collection[str] | None = None) -> None:
+    """Raise :class:`BadOutput` unless every path names a known format in a folder that can be written to.
+
+    ``formats``: the endings that are known, those of :data:`WRITERS` by default.
+    """
+    known = WRITERS if formats is None else formats
     for path in map(Path, paths):
-        if path.suffix not in WRITERS:
+        if path.suffix not in known:
             raise BadOutput(
-                f"{path}: unknown format {path.suffix!r}; use a name that ends in {', '.join(WRITERS)}"
+                f"{path}: unknown format {path.suffix!r}; use a name that ends in {', '.join(known)}"
             )
         if path.suffix == ".png":
             try:

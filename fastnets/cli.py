@@ -337,6 +337,63 @@ def bench(
 
 @app.command()
 @_served
+def profile(
+    model: ModelName,
+    batch_size: BatchSize = 8,
+    img_size: ImageSize = None,
+    device: DeviceName = None,
+    dtype: DtypeName = Precision.float32,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    backend: Backend = "auto",
+    stock: Annotated[bool, typer.Option("--stock", help="the stock network, channels-last")] = False,
+    training: Annotated[bool, typer.Option("--training", help="steps of training")] = False,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="steps that are profiled")] = 3,
+    top: Annotated[int, typer.Option("--top", min=1, help="lines of each table")] = 15,
+    trace: Annotated[
+        str | None, typer.Option("--trace", metavar="FILE", help="a .json for Perfetto or chrome://tracing")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="FILE", help="allocated memory over time, .png or .svg")
+    ] = None,
+    nvtx: Annotated[bool, typer.Option("--nvtx", help="the same ranges for Nsight")] = False,
+) -> None:
+    """Where the time and the memory of a network go, by op and by layer."""
+    import fastnets
+    from fastnets.bench import baselines, environment, networks
+    from fastnets.bench import profile as profiling
+    from fastnets.bench.report import refuse_unwritable
+    from fastnets.fused.dispatch import validate_backend
+
+    validate_backend(backend, "--backend")
+    place = _device(device)
+    refuse_unwritable([trace] if trace else [], formats=(".json",))
+    refuse_unwritable([memory] if memory else [], formats=(".png", ".svg"))
+    network = networks.load(model, weights=weights, pretrained=pretrained, img_size=img_size)
+    net = network.model.to(device=place, dtype=_dtype(dtype)).train(training)
+    if not stock:
+        net = fastnets.optimize(net, backend=backend)
+    net, x = baselines.lay_out(net, network.inputs(batch_size, dtype=_dtype(dtype), device=place))
+    for line in environment.summary(environment.describe(place)):
+        output.print(line, highlight=False, soft_wrap=True)
+    found = profiling.profile(net, x, steps=steps, nvtx=nvtx)
+    found.print(output, top)
+    if trace:
+        found.export_trace(trace)
+        output.print(f"written: {trace}", highlight=False)
+    if memory:
+        found.plot_memory(memory)
+        output.print(f"written: {memory}", highlight=False)
+    for line in profiling.tool_commands(_arguments_without(sys.argv[2:], "--nvtx")):
+        output.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _arguments_without(arguments: list[str], *flags: str) -> list[str]:
+    return [argument for argument in arguments if argument not in flags]
+
+
+@app.command()
+@_served
 def env(
     device: DeviceName = None,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
