@@ -1,6 +1,9 @@
 """``fastnets profile``: names of layers, shares, traces, and no trace of itself afterwards."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,6 +49,19 @@ def test_nothing_is_left_behind():
     profile(network(), torch.randn(1, 3, 64, 64), steps=1, warmup=0)
     assert nn.Module.__call__ is call
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_the_environment_puts_every_op_in_a_range():
+    program = (
+        "import torch, fastnets.fused as fused\n"
+        "with torch.profiler.profile() as found:\n"
+        "    fused.bn_add_act(torch.ones(1, 2, 3, 3), activation='relu')\n"
+        "print([e.key for e in found.key_averages() if e.key.startswith('fastnets.')])\n"
+    )
+    for value, names in (("1", "['fastnets.bn_add_act']"), ("0", "[]")):
+        environment = {**os.environ, "FASTNETS_NVTX": value}
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert run.stdout.strip() == names, run.stderr
 
 
 def test_wrong_arguments():
