@@ -5,12 +5,24 @@ from fastnets.fused.conv import conv_bn_act
 from fastnets.fused.cross_entropy import CrossEntropyLoss, DistillationLoss, distillation_loss
 from fastnets.fused.dropout import Dropout, StochasticDepth, stochastic_depth
 from fastnets.fused.group_norm import GroupNormAct, InstanceNormAct, group_norm_act
+from fastnets.fused.layer_norm import (
+    AddLayerNorm,
+    AddRMSNorm,
+    LayerNorm,
+    RMSNorm,
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    rms_norm,
+)
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 
 __all__ = [
     "AdaptiveAvgPool2d",
     "AdaptiveMaxPool2d",
+    "AddLayerNorm",
+    "AddRMSNorm",
     "AvgPool2d",
     "BNAct",
     "ConvAct",
@@ -21,11 +33,17 @@ __all__ = [
     "Dropout",
     "GroupNormAct",
     "InstanceNormAct",
+    "LayerNorm",
     "MaxPool2d",
+    "RMSNorm",
     "StochasticDepth",
+    "add_layer_norm",
+    "add_rms_norm",
     "bn_add_act",
     "conv_bn_act",
     "distillation_loss",
     "group_norm_act",
+    "layer_norm",
+    "rms_norm",
     "stochastic_depth",
 ]

@@ -375,15 +375,10 @@ def _autograd(*args):
         return _differentiable(*args)
 
 
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
-
 def _autocast(x, *arguments):
     """Casts what autocast would, but not the weights: they are folded from their full precision."""
     weights, residual, options = arguments[:6], arguments[6], arguments[7:]
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+    with torch._C._ExcludeDispatchKeyGuard(dispatch.AUTOCAST_KEYS):
         if x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)

@@ -30,6 +30,11 @@ BACKENDS = ("auto", "triton", "library", "reference")
 OUR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what our kernels take
 UNFOLDED = "unfolded"  # "auto" without what folds or packs weights: ``optimize(mode="training")``
 
+# What an op's autocast rule excludes when it calls the op again.
+AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 library = torch.library.Library("fastnets", "FRAGMENT")
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("fastnets_backend", default="auto")
