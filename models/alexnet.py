@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastnets.models.blocks import check_images
 from fastnets.models.registry import register_model
 
 __all__ = ["AlexNet", "AlexNet2012", "alexnet", "alexnet_2012"]
@@ -68,6 +69,7 @@ class AlexNet2012(nn.Module):
             nn.init.ones_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(self, x, least=227, most=258, layer="classifier.1")
         return self.classifier(self.features(x))
 
 
@@ -111,6 +113,7 @@ class AlexNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(self, x, least=63, layer="features.12")
         x = self.avgpool(self.features(x)).flatten(1)
         return self.classifier(x)
 

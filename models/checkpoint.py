@@ -175,13 +175,19 @@ def _renamed(key: str, pairs: list[tuple[re.Pattern, str]], *, dropping: bool) -
 
 
 def _style(model: nn.Module, state: Mapping[str, Tensor]) -> KeyStyle | None:
-    """Whose names a state dict uses: those with which most of the network's own are found; None for ours."""
+    """Whose names a state dict uses: those with which most of the network's own are found and, where that is
+    equal, the fewest others; None for ours.
+    """
     own = model.state_dict().keys()
-    best, most = None, len(own & state.keys())
+
+    def fit(keys: set[str]) -> tuple[int, int]:
+        return len(own & keys), -len(keys - own)
+
+    best, most = None, fit(set(state))
     for style in getattr(model, "key_styles", ()):
-        common = len(own & {style.ours(key) for key in state})
-        if common > most:
-            best, most = style, common
+        renamed = fit({style.ours(key) for key in state} - {None})
+        if renamed > most:
+            best, most = style, renamed
     return best
 
 

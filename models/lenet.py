@@ -17,38 +17,16 @@ import math
 import random
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastnets.models.blocks import check_images
 from fastnets.models.registry import register_model
 
 __all__ = ["LeNet5", "LeNet5Original", "lenet5", "lenet5_1998", "lenet5_relu"]
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 POOLS = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
-
-
-class FlattenFixed(nn.Flatten):
-    """``nn.Flatten`` that knows what it feeds, so that a wrong image size is named where it shows."""
-
-    def __init__(self, features: tuple[int, int, int], image: tuple[int, int]):
-        super().__init__()
-        self.features = features
-        self.image = image
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check_features(x, self.features, self.image)
-        return super().forward(x)
-
-
-@torch.fx.wrap  # a tracer takes the check as it stands
-def _check_features(x: Tensor, features: tuple[int, int, int], image: tuple[int, int]) -> None:
-    if tuple(x.shape[1:]) != features:
-        raise ValueError(
-            f"LeNet-5: the classifier takes {_by(features)} features, the convolutions gave "
-            f"{_by(x.shape[1:])}: give images of {_by(image)} pixels"
-        )
 
 
 class LeNet5(nn.Module):
@@ -68,7 +46,7 @@ class LeNet5(nn.Module):
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.act2 = act()
         self.pool2 = pooling(2, stride=2)
-        self.flatten = FlattenFixed((16, 5, 5), image=(28, 28))
+        self.flatten = nn.Flatten()
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.act3 = act()
         self.fc2 = nn.Linear(120, 84)
@@ -88,6 +66,7 @@ class LeNet5(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(self, x, least=28, most=31, layer="fc1")
         x = self.pool1(self.act1(self.conv1(x)))
         x = self.pool2(self.act2(self.conv2(x)))
         x = self.flatten(x)
@@ -208,7 +187,7 @@ class LeNet5Original(nn.Module):
         self.c3 = SparseConv2d(6, C3_SEES, 5)
         self.s4 = Subsampling(16)
         self.c5 = nn.Conv2d(16, 120, 5)
-        self.flatten = FlattenFixed((120, 1, 1), image=(32, 32))
+        self.flatten = nn.Flatten()
         self.f6 = nn.Linear(120, 84)
         self.output = CodeDistance(84, num_classes)
         self.squash = ScaledTanh()
@@ -229,6 +208,7 @@ class LeNet5Original(nn.Module):
                 module.bias.uniform_(-2.4 / fan_in, 2.4 / fan_in)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(self, x, least=32, most=35, layer="f6")
         x = self.squash(self.c1(x))
         x = self.squash(self.s2(x))
         x = self.squash(self.c3(x))
@@ -260,7 +240,3 @@ def _choice(argument: str, given: str, allowed: dict[str, type[nn.Module]]) -> t
     if given not in allowed:
         raise ValueError(f"LeNet-5: {argument} must be one of {', '.join(allowed)}, got {given!r}")
     return allowed[given]
-
-
-def _by(sizes: tuple[int, ...]) -> str:
-    return "×".join(map(str, sizes))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastnets.models.blocks import check_images, conv_bn_act, he_initialise, round_channels
 from fastnets.models.registry import register_model
 
 __all__ = ["InvertedResidual", "MobileNetV2", "mobilenet_v2"]
@@ -28,40 +29,16 @@ STAGES = (
 )
 
 
-def round_channels(channels: float, multiple: int = 8) -> int:
-    """The nearest multiple, but never more than a tenth below: how the MobileNets scale their widths."""
-    rounded = max(multiple, int(channels + multiple / 2) // multiple * multiple)
-    return rounded if rounded >= 0.9 * channels else rounded + multiple
-
-
-def conv_bn_relu6(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding=kernel_size // 2,
-            groups=groups,
-            bias=False,
-        ),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU6(inplace=True),
-    )
-
-
 class InvertedResidual(nn.Module):
     """1×1 up, depthwise 3×3, 1×1 down without activation; added to the input where the shapes allow it."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
         super().__init__()
         hidden = in_channels * expansion
-        widen = [] if expansion == 1 else [conv_bn_relu6(in_channels, hidden, 1)]
+        widen = [] if expansion == 1 else [conv_bn_act(in_channels, hidden, 1, act=nn.ReLU6)]
         self.conv = nn.Sequential(
             *widen,
-            conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden),
+            conv_bn_act(hidden, hidden, 3, stride, groups=hidden, act=nn.ReLU6),
             nn.Conv2d(hidden, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
@@ -92,14 +69,14 @@ class MobileNetV2(nn.Module):
             raise ValueError(f"width_mult must be above 0, got {width_mult}")
         channels = round_channels(32 * width_mult)
         last_channels = round_channels(1280 * max(1.0, width_mult))
-        layers: list[nn.Module] = [conv_bn_relu6(in_channels, channels, 3, stride=2)]
+        layers: list[nn.Module] = [conv_bn_act(in_channels, channels, 3, stride=2, act=nn.ReLU6)]
         for expansion, stage_channels, blocks, first_stride in STAGES:
             out_channels = round_channels(stage_channels * width_mult)
             for block in range(blocks):
                 stride = first_stride if block == 0 else 1
                 layers.append(InvertedResidual(channels, out_channels, stride, expansion))
                 channels = out_channels
-        layers.append(conv_bn_relu6(channels, last_channels, 1))
+        layers.append(conv_bn_act(channels, last_channels, 1, act=nn.ReLU6))
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(last_channels, num_classes))
@@ -107,16 +84,10 @@ class MobileNetV2(nn.Module):
 
     def reset_parameters(self) -> None:
         """He initialisation for the convolutions (arXiv:1502.01852), a narrow normal for the classifier."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+        he_initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(self, x)
         x = self.avgpool(self.features(x)).flatten(1)
         return self.classifier(x)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastnets.models.blocks import check_images
 from fastnets.models.registry import register_model
 
 __all__ = ["NetworkInNetwork", "nin", "nin_teaching"]
@@ -64,6 +65,7 @@ class NetworkInNetwork(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(self, x, least=39, layer="features.20")
         return self.avgpool(self.features(x)).flatten(1)
 
 

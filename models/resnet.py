@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastnets.models.blocks import check_images
 from fastnets.models.registry import register_model
 
 __all__ = [
@@ -181,12 +182,17 @@ class ResNet(nn.Module):
                     last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
                     nn.init.zeros_(last.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The maps after each of the four stages, the largest first."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
+        first = self.layer1(x)
+        second = self.layer2(first)
+        third = self.layer3(second)
+        return first, second, third, self.layer4(third)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(self, x)
+        x = self.stages(x)[-1]
         x = self.avgpool(x).flatten(1)
         return self.fc(x)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastnets.models.blocks import check_images
 from fastnets.models.registry import register_model
 
 __all__ = [
@@ -75,6 +76,7 @@ class VGG(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(self, x, least=32, layer=f"features.{len(self.features) - 1}")
         x = self.avgpool(self.features(x)).flatten(1)
         return self.classifier(x)
 

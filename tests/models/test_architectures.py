@@ -1,4 +1,4 @@
-"""The networks themselves: parameter counts, torchvision's keys and outputs, image sizes of every kind."""
+"""The networks themselves: parameter counts, keys and outputs of torchvision's and timm's, image sizes."""
 
 import pytest
 import torch
@@ -10,21 +10,41 @@ from fastnets.models import create_model, input_size, list_models, load_weights
 PARAMETERS = {
     "alexnet": 61_100_840,
     "alexnet_2012": 60_965_224,
+    "densenet121": 7_978_856,
+    "densenet161": 28_681_000,
+    "densenet169": 14_149_480,
+    "densenet201": 20_013_928,
     "dinov2_s_14": 22_056_192,
+    "googlenet": 6_624_904,
+    "googlenet_2014": 6_998_552,
+    "inception_v3": 23_834_568,
     "lenet5": 61_706,
-    "lenet5_relu": 61_706,
     "lenet5_1998": 60_000,
+    "lenet5_relu": 61_706,
+    "mnasnet0_5": 2_218_512,
+    "mnasnet1_0": 4_383_312,
+    "mobilenet_v1": 4_231_976,
     "mobilenet_v2": 3_504_872,
+    "mobilenet_v3_large": 5_483_032,
+    "mobilenet_v3_small": 2_542_856,
     "nin": 7_595_176,
     "nin_teaching": 7_439_608,
+    "regnet_x_400mf": 5_495_976,
+    "regnet_y_400mf": 4_344_144,
     "resnet18": 11_689_512,
+    "resnet18_fpn": 13_783_616,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
+    "resnet50_fpn": 26_852_416,
     "resnet101": 44_549_160,
+    "resnet101_fpn": 45_844_544,
     "resnet152": 60_192_808,
     "resnext50_32x4d": 25_028_904,
     "resnext101_32x8d": 88_791_336,
-    "wide_resnet50_2": 68_883_240,
+    "shufflenet_v2_x0_5": 1_366_792,
+    "shufflenet_v2_x1_0": 2_278_604,
+    "squeezenet1_0": 1_248_424,
+    "squeezenet1_1": 1_235_496,
     "vgg11": 132_863_336,
     "vgg11_bn": 132_868_840,
     "vgg13": 133_047_848,
@@ -39,11 +59,13 @@ PARAMETERS = {
     "vit_l_16": 304_326_632,
     "vit_s_16": 22_050_664,
     "vit_ti_16": 5_717_416,
+    "wide_resnet50_2": 68_883_240,
     "wide_resnet101_2": 126_886_696,
 }
-# Without torchvision's keys; test_transformers.py has the Transformers' own.
-OTHER_KEYS = ("lenet", "alexnet_2012", "nin", "vit", "dinov2")
-IN_TORCHVISION = [name for name in PARAMETERS if not name.startswith(OTHER_KEYS)]
+# Nobody else's keys; test_transformers.py has the Transformers' own.
+OWN_KEYS = ("lenet", "alexnet_2012", "googlenet_2014", "nin", "vit", "dinov2")
+WITH_STOCK_KEYS = [name for name in PARAMETERS if not name.startswith(OWN_KEYS)]
+TIMM = {"mobilenet_v1": "mobilenetv1_100"}  # what timm calls those whose keys are its own
 
 
 def on_meta(name, **options):
@@ -51,15 +73,27 @@ def on_meta(name, **options):
         return create_model(name, **options)
 
 
-def torchvision_model(name, **options):
-    models = pytest.importorskip("torchvision.models", reason="torchvision is the reference here")
+def stock_network(name, **options):
+    """torchvision's network, or timm's, on the meta device."""
     with torch.device("meta"):
-        return getattr(models, name)(**options)
+        if name in TIMM:
+            timm = pytest.importorskip("timm", reason="timm is the reference here")
+            return timm.create_model(TIMM[name], **options)
+        models = pytest.importorskip("torchvision.models", reason="torchvision is the reference here")
+        if name.endswith("_fpn"):
+            build = pytest.importorskip("torchvision.models.detection.backbone_utils").resnet_fpn_backbone
+            options = {"norm_layer": nn.BatchNorm2d, "trainable_layers": 5, **options}
+            return build(backbone_name=name.removesuffix("_fpn"), weights=None, **options)
+        if name in ("googlenet", "inception_v3"):
+            options = {"init_weights": False, "aux_logits": False, **options}
+        # RegNet's widths come out of a computation with tensors, which meta tensors cannot do.
+        with torch.device("cpu" if name.startswith("regnet") else "meta"):
+            return getattr(models, name)(**options)
 
 
 def same_network_twice(name, **options):
-    """torchvision's and ours, with the same weights, and statistics that leave no layer the identity."""
-    stock = torchvision_model(name, **options).to_empty(device="cpu")
+    """The stock one and ours, with the same weights, and statistics that leave no layer the identity."""
+    stock = stock_network(name, **options).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for key, value in stock.state_dict().items():
         if key.endswith("running_var"):
@@ -85,9 +119,9 @@ def test_parameter_count(name):
     assert sum(p.numel() for p in on_meta(name).parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", IN_TORCHVISION)
-def test_state_dict_is_torchvisions(name):
-    theirs = torchvision_model(name).state_dict()
+@pytest.mark.parametrize("name", WITH_STOCK_KEYS)
+def test_state_dict_is_the_stock_ones(name):
+    theirs = stock_network(name).state_dict()
     ours = on_meta(name).state_dict()
     assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [
         (k, v.shape, v.dtype) for k, v in theirs.items()

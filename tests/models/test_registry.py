@@ -12,8 +12,9 @@ from fastnets.models import CheckpointError, create_model, input_size, list_mode
 
 class TestNames:
     def test_patterns(self):
-        assert list_models("resnet*") == ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-        assert list_models("*50*") == ["resnet50", "resnext50_32x4d", "wide_resnet50_2"]
+        assert list_models("resnet*2") == ["resnet152"]
+        assert list_models("resnet???") == ["resnet101", "resnet152"]
+        assert list_models("*50*") == ["resnet50", "resnet50_fpn", "resnext50_32x4d", "wide_resnet50_2"]
         assert list_models("vgg99*") == []
         assert set(list_models("lenet5*")) < set(list_models())
 
