@@ -74,8 +74,9 @@ format: $(STAMP)
 
 RESULTS = docs/cpu-stock-resnet50.json docs/cpu-stock-mobilenet_v2.json docs/cpu-keep-pages.json
 
+# Layers by pytest-benchmark: ARGS="--benchmark-autosave", and later ARGS="--benchmark-compare".
 bench: $(STAMP)
-	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 $(ARGS)
+	$(RUN) -m pytest bench/benchmark_operations.py $(ARGS)
 
 # The figures of the README: measured afresh (about five quiet minutes), then put in its table. Under the stock
 # allocator each network has a process of its own: what one leaves in the heap is a gift to the next.

@@ -31,6 +31,7 @@ test = [
     "hypothesis>=6.100",
     "onnx>=1.16",
     "pytest>=8",
+    "pytest-benchmark>=5",
     "pytest-xdist>=3.5",
     "ruff>=0.9",
     "safetensors>=0.4",

@@ -1,4 +1,4 @@
-"""The ``fastnets`` command: list, explain, check, bench, env.
+"""The ``fastnets`` command: list, explain, check, bench, bench-op, profile, env.
 
 Flags are timm's where timm has the thing. Exit codes: 0 done, 1 answers were wrong or one of our variants
 failed, 2 the request cannot be served (unknown network, bad path, missing device), 130 interrupted, with
@@ -333,6 +333,60 @@ def bench(
         raise typer.Exit(130)
     if not run.ok:
         raise typer.Exit(1)
+
+
+@app.command("bench-op")
+@_served
+def bench_op(
+    operations: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATTERN]...", help='names or families, "conv*"; all if none is given'),
+    ] = None,
+    batch_size: BatchSize = 32,
+    device: DeviceName = None,
+    dtype: DtypeName = Precision.float32,
+    training: Annotated[bool, typer.Option("--training", help="the backward instead of the forward")] = False,
+    backends: Annotated[
+        str | None, typer.Option("--backends", help="comma-separated; reference is stock")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=3, help="visits to each implementation")] = 20,
+    listing: Annotated[bool, typer.Option("--list", help="only print the operations")] = False,
+    result: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="the rows and raw samples, .json")
+    ] = None,
+) -> None:
+    """Time single layers by every implementation: TFLOP/s, GB/s, and the share of this device's ceilings."""
+    from fastnets.bench import environment, layers
+    from fastnets.bench.ceilings import measure_ceilings
+    from fastnets.bench.report import refuse_unwritable
+    from fastnets.fused.dispatch import validate_backend
+
+    chosen = layers.select_operations(operations or ())
+    if training:
+        chosen = [operation for operation in chosen if operation.trains]
+    if listing:
+        for operation in chosen:
+            print(f"{operation.family:14} {operation.name}")
+        return
+    names = backends.split(",") if backends else None
+    for name in names or ():
+        validate_backend(name, "--backends")
+    place = _device(device)
+    refuse_unwritable([result] if result else [], formats=(".json",))
+    facts = environment.describe(place)
+    for line in environment.summary(facts):
+        output.print(line, highlight=False, soft_wrap=True)
+    ceilings = measure_ceilings(place, _dtype(dtype))
+    results = []
+    with _progress() as tell:
+        for step, operation in enumerate(chosen):
+            tell(operation.name, "check and measure", "", step, len(chosen))
+            options = {"batch_size": batch_size, "training": training, "backends": names, "rounds": rounds}
+            results.append(layers.bench_operation(operation, place, _dtype(dtype), **options))
+    layers.print_table(results, ceilings, output)
+    if result:
+        layers.write_json(results, ceilings, facts, result)
+        output.print(f"written: {result}", highlight=False)
 
 
 @app.command()
