@@ -223,10 +223,14 @@ def in_transform() -> bool:
 
 def is_unobserved_inference(x: object) -> bool:
     """Whether ``x`` is on the CPU, with no gradients and no compiler, tracer, mode or global hook around."""
+    return is_unobserved(x) and x.device.type == "cpu"
+
+
+def is_unobserved(x: object) -> bool:
+    """Whether ``x`` is a plain tensor, with no gradients, compiler, tracer, mode or global hook around."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastnets.fused import batch_norm, conv, dispatch
+from fastnets.fused import batch_norm, conv, cuda_graphs, dispatch
 from fastnets.fused.capture import CaptureError, capture, has_hooks
 from fastnets.fused.layout import is_stock
 from fastnets.fused.optimize import restore
@@ -129,6 +129,9 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
         notes.append(
             "the network is in training mode: the implementations are those that will run after .eval()"
         )
+    blueprint = blueprint_of(type(model))
+    if blueprint is not None and blueprint.recipe.replays:
+        notes.append(cuda_graphs.describe(model))
     report = Report(f"{type(model).__name__}", rows, notes=notes)
     counted = [row for row in rows if row.counts]
     report.coverage_by["layers"] = _share(counted, "layers")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastnets.fused import cuda_graphs as graphs
 from fastnets.fused import dispatch, packing
 from fastnets.fused.conv_training import SAVES
 from fastnets.fused.layout import is_stock, may_observe_layout, names_read_by
@@ -24,6 +25,7 @@ from fastnets.fused.patterns import is_batch_norm, is_convolution
 from fastnets.fused.swap import (
     Recipe,
     Rewritten,
+    blueprint_of,
     capture_variants,
     give_between_blocks,
     hides_layout,
@@ -68,7 +70,9 @@ def optimize(
             layer stock.
         inplace: rewrite ``model`` itself instead of a copy.
         strict: raise where a convolution or what follows it could not be fused.
-        cuda_graphs: not available yet.
+        cuda_graphs: in inference on CUDA, launch the whole forward at once: one CUDA graph is captured for
+            each kind of input, up to eight, the second time it comes (see ``fused.cuda_graphs`` for what must
+            not change meanwhile). Elsewhere, on the CPU for one, calls run as without it.
         save: what a training step keeps for its backward. "auto" keeps the inputs and outputs of
             convolutions, as stock does; "less" only the outputs, and normalises them again for the weights'
             gradients.
@@ -81,7 +85,7 @@ def optimize(
         TypeError, ValueError: for arguments that make no sense, and, with ``strict``, for layers that were
             not fused. ``model`` is then as it was.
     """
-    _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs, save)
+    _validate(model, mode, dtype, backend, select, filter_fn, save)
     if mode == "training" and backend == "auto":
         backend = dispatch.UNFOLDED
     with torch.inference_mode(False):
@@ -90,9 +94,14 @@ def optimize(
             undo = [(m, type(m)) for m in model.modules() if isinstance(m, Rewritten)]
         fast = model if inplace else copy.deepcopy(model)
         restore(fast)
-        recipe = Recipe(backend=backend, save=save, example=_shapes_of(example_inputs))
+        recipe = Recipe(
+            backend=backend, save=save, replays=cuda_graphs, example=_shapes_of(example_inputs)
+        )  # fmt: skip
         try:
             _rewrite_network(fast, recipe, filter_fn)
+            if cuda_graphs and not _replays(fast):
+                raise ValueError(f"cuda_graphs=True: the forward of {type(fast).__name__} is not one that "
+                                 "fastnets can rewrite; leave it False and use torch.cuda.graph")  # fmt: skip
             if strict:
                 _check_strict(fast)
         except BaseException:
@@ -108,10 +117,16 @@ def optimize(
     return fast
 
 
+def _replays(model: nn.Module) -> bool:
+    blueprint = blueprint_of(type(model))
+    return blueprint is not None and blueprint.recipe.replays
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Give ``model`` back its stock classes, in place, with its current weights. Returns ``model``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastnets.restore expects an nn.Module, got {type(model).__name__}")
+    graphs.forget(model)
     for module in model.modules():
         if isinstance(module, Rewritten):
             module.__class__ = without_rewrite(type(module))
@@ -119,7 +134,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs, save) -> None:
+def _validate(model, mode, dtype, backend, select, filter_fn, save) -> None:
     if not isinstance(model, nn.Module):
         what = (
             f"the class {model.__name__}; pass an instance of it"
@@ -133,9 +148,6 @@ def _validate(model, mode, dtype, backend, select, filter_fn, cuda_graphs, save)
     _one_of("save", save, SAVES)
     if select == "measure":
         raise ValueError("select='measure' is not available in this version; use select='heuristic'")
-    if cuda_graphs:
-        raise ValueError("cuda_graphs=True is not available in this version; leave it False and capture the "
-                         "optimized model with torch.cuda.graph")  # fmt: skip
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     if filter_fn is not None and not callable(filter_fn):
@@ -176,6 +188,7 @@ def _rewrite_network(model: nn.Module, recipe: Recipe, filter_fn: Callable | Non
             restores_outputs=module in network.restores_outputs,
             keep_stock=_paths_of(module, excluded),
             splits_batches=module is model,
+            replays=recipe.replays and module is model,
             example=recipe.example if module is model else None,
         )
         install(module, variants, own)

@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _SHAPES_PER_WEIGHT = 4  # packed layouts kept for one weight; the oldest goes first
 _generation = 0
+_epoch = 0
 _entries: dict[int, _WeightEntry] = {}
 _non_finite: dict[int, weakref.ref] = {}
 _transient: contextvars.ContextVar[bool] = contextvars.ContextVar("fastnets_transient", default=False)
@@ -154,6 +155,28 @@ def bump() -> None:
     _non_finite.clear()
 
 
+def renew() -> None:
+    """As ``bump``, for what no optimizer does: the network's structure changed, or the user asks for it."""
+    global _epoch
+    _epoch += 1
+    bump()
+
+
+def epoch() -> int:
+    """How often ``renew`` was called."""
+    return _epoch
+
+
+def generation() -> int:
+    """How often anything began a new generation."""
+    return _generation
+
+
+def keeps(weight: Tensor) -> bool:
+    """Whether something that was made from this weight is kept."""
+    return id(weight) in _entries
+
+
 def refresh(model: nn.Module | None = None) -> None:
     """Make fused layers see weights that were written behind autograd's back, as ``p.data.mul_(2)`` does.
 
@@ -163,7 +186,7 @@ def refresh(model: nn.Module | None = None) -> None:
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"fastnets.refresh expects an nn.Module or nothing, got {type(model).__name__}")
-    bump()
+    renew()
 
 
 def _after_optimizer_step(optimizer, args, kwargs) -> None:

@@ -35,6 +35,7 @@ from fastnets.fused.capture import (
     is_dropout,
     required_arguments,
 )
+from fastnets.fused.cuda_graphs import replayed
 from fastnets.fused.layout import (
     LayoutError,
     hide_layout,
@@ -73,6 +74,7 @@ class Recipe:
         keep_stock: paths, from the container, of layers that are not to be fused.
         gives_between_blocks: the container is a plain Sequential, whose blocks may overwrite what they get.
         splits_batches: the container is a whole network, whose batches may be split (``fused.memory``).
+        replays: the container is a whole network, replayed from CUDA graphs (``fused.cuda_graphs``).
         example: on the root, shapes of the example inputs given to ``optimize``, for reports.
     """
 
@@ -82,6 +84,7 @@ class Recipe:
     keep_stock: frozenset[str] = frozenset()
     gives_between_blocks: bool = False
     splits_batches: bool = False
+    replays: bool = False
     example: object = field(default=None, hash=False)
 
 
@@ -410,6 +413,8 @@ class Rewritten:
     def __setattr__(self, name: str, value: object) -> None:
         if name in _MODULE_INTERNALS or name == "__class__" or isinstance(value, Tensor):
             super().__setattr__(name, value)
+            if name in self.__dict__ and isinstance(value, Tensor):
+                packing.renew()  # a tensor that is no parameter or buffer
             return
         modules = self.__dict__.get("_modules", {})
         known = name in modules or name in names_read_by(self._fastnets.stock_class)
@@ -549,6 +554,8 @@ def _generate(
     )
     if recipe.splits_batches:
         forward = in_chunks(forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls))
+    if recipe.replays:
+        forward = replayed(forward)
     attributes = {
         "forward": forward,
         "_fastnets": blueprint,
@@ -586,6 +593,7 @@ def rewrite(module: nn.Module, recipe: Recipe) -> bool:
 
 def rewrite_again(module: nn.Module) -> None:
     """Rewrite a container whose structure has changed."""
+    packing.renew()
     blueprint = module._fastnets
     back = without_rewrite(type(module))
     directly = "_fastnets" in vars(type(module))

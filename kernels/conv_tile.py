@@ -107,7 +107,8 @@ def moments(total, deviations, squares, count):
 
     A rough mean, rounded, is off by as much as small deviations are; what is left of them corrects both.
     """
-    return total / count + deviations / count, squares - deviations * deviations / count
+    m2 = squares - deviations * deviations / count
+    return total / count + deviations / count, tl.where(m2 < 0.0, 0.0, m2)  # NaN stays
 
 
 @triton.jit

@@ -38,3 +38,13 @@ def lane(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32():
+    """Products of fp32 convolutions are of fp32, ours and stock's; TF32 has tests of its own, which ask for
+    it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before

@@ -37,7 +37,6 @@ X = (2, 3, 12, 12)
         ({"mode": "infrence"}, ValueError, "did you mean 'inference'"),
         ({"select": "guess"}, ValueError, "heuristic"),
         ({"select": "measure"}, ValueError, "not available"),
-        ({"cuda_graphs": True}, ValueError, "not available"),
         ({"dtype": torch.int8}, TypeError, "floating-point"),
         ({"dtype": "bf16"}, TypeError, "torch.bfloat16"),
         ({"filter_fn": 3}, TypeError, "filter_fn"),

@@ -1,6 +1,5 @@
 """Gradients of convolutions for the tests of their kernels: operands, stock PyTorch's answers, checks."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -11,15 +10,6 @@ from tests.accuracy import assert_close_to, assert_exact, integers
 from tests.kernels.conv_cases import ACTIVATIONS, Case, in_layout, output_shape
 
 FULL = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def exact_fp32():
-    # TF32 has a test of its own; elsewhere fp32 is compared with fp32.
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def operands(case: Case, dtype, draw=torch.randn, dy_layout="last"):

@@ -136,7 +136,8 @@ def test_channels_last_3d(lane):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(lane, activation):
     x = (torch.randn(6, 8, 4, 4) * 3).to(memory_format=torch.channels_last)
-    check_step(lane, x, torch.randn(x.shape), activation=activation)
+    # A GPU's reciprocal root is off by up to an ulp and a half, and the gradients are of eight numbers only.
+    check_step(lane, x, torch.randn(x.shape), activation=activation, slack=2)
 
 
 @slow

@@ -19,15 +19,6 @@ HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
 DTYPES = (FULL, HALF, BFLOAT)
 
 
-@pytest.fixture(autouse=True)
-def exact_fp32(monkeypatch):
-    # TF32 has a test of its own; elsewhere fp32 is compared with fp32.
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
-
-
 CORE = {
     "3x3": Case(padding=(1, 1), residual="last"),
     "1x1": Case(C=96, K=72, R=1, S=1, residual="last", activation="silu"),

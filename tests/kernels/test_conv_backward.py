@@ -23,7 +23,6 @@ from tests.kernels.gradient_cases import (
     SPLIT,
     check_exact,
     check_normalized,
-    exact_fp32,  # noqa: F401
     operands,
     run,
     signs,
@@ -148,9 +147,10 @@ def test_results_in_another_dtype(lane):
     case = CORE["3x3"]
     tensors = operands(case, BFLOAT)
     gradients = run(lane, case, *tensors, dx={"dtype": FULL}, dw={"dtype": FULL})
-    reference = stock(case, *tensors, torch.float64)
-    for expected, ours in zip(reference, gradients):
-        assert_close_to(expected, expected.float(), ours, ratio=3)
+    reference, same = stock(case, *tensors, torch.float64), stock(case, *tensors, FULL)
+    for expected, rounded, ours in zip(reference, same, gradients):
+        # Tensor cores cut off what sums of fp32 would round.
+        assert_close_to(expected, rounded, ours, ratio=5)
 
 
 @pytest.mark.lanes("interpreter", "sm_80")

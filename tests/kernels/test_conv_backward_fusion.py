@@ -16,7 +16,6 @@ from tests.kernels.gradient_cases import (
     bn,
     check_exact,
     check_normalized,
-    exact_fp32,  # noqa: F401
     operands,
     run,
     signs,

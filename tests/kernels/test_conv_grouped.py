@@ -29,14 +29,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def exact_fp32(monkeypatch):
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(lane, name):
     dtype, case = SHAPES[name]
