@@ -1,0 +1,36 @@
+"""What a fused call costs the host, and the driver that launches nothing."""
+
+import pytest
+import torch
+
+from fastnets.bench.host_cost import dry_launches, measure_cuda_path
+from fastnets.kernels import launch as launching
+from fastnets.kernels.batch_norm import bn_add_act
+from tests.lanes import ptxsim_unavailable
+
+COMPILES = pytest.mark.skipif(
+    torch.cuda.is_available() or bool(ptxsim_unavailable()), reason="is about machines without a GPU"
+)
+
+
+@COMPILES
+def test_a_fused_call_costs_less_than_a_tenth_of_a_millisecond():
+    samples = measure_cuda_path(rounds=3).samples
+    assert {min(s.cpu) < 1e-4 for s in samples.values()} == {True}
+    assert len(samples) == 6
+
+
+@COMPILES
+def test_launches_again_take_addresses_from_a_driver_for_cuda(monkeypatch):
+    launched = []
+    x = torch.randn(2, 8, 4, 4)
+    with dry_launches(launched):
+        bn_add_act(x, residual=x, activation="relu")
+        monkeypatch.setattr(launching._compiled, "takes_addresses", True)
+        launching._compiled.kernels.clear()
+        for _ in range(2):
+            y = bn_add_act(x, residual=x, activation="relu")
+    _, bound, direct = (arguments[9:] for arguments in launched)  # past grid, stream, function and hooks
+    assert bound[0] is x
+    assert direct[:3] == (x.data_ptr(), y.data_ptr(), x.data_ptr())
+    assert bound[3:] == direct[3:]
