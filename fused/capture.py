@@ -46,8 +46,9 @@ class Captured:
 
     Attributes:
         graph: placeholders are the arguments without a default; modules appear by their path.
-        inlined: paths of the child Sequentials that the graph goes through instead of calling them.
-        bypassed: paths of the children that return their input (nn.Identity; dropout, in evaluation).
+        inlined: paths of the children (Sequentials, layer scales) that the graph goes through instead of
+            calling them.
+        bypassed: paths of the children that return their input (nn.Identity; dropout that drops nothing).
         asks_type: the forward asked whether an input is a tensor.
     """
 
@@ -63,17 +64,23 @@ def is_dropout(module: nn.Module) -> bool:
     return cls in _DROPOUTS or (cls.__module__.split(".")[0], cls.__name__) in _FOREIGN_DROPOUTS
 
 
+def never_drops(dropout: nn.Module) -> bool:
+    """Whether a dropout returns its input in training, too: its probability is zero."""
+    return getattr(dropout, "p", getattr(dropout, "drop_prob", None)) == 0
+
+
 def capture(
     module: nn.Module,
     *,
     training: bool,
-    inline: Callable[[nn.Module], bool] | None,
+    inline: Callable[[nn.Module], Callable | None] | None,
     input_kind: type = Tensor,
 ) -> Captured:
     """The graph of ``module``'s forward with the given ``training`` flag.
 
-    inline: which children (Sequentials) to go through; None calls every child, nn.Identity too. input_kind:
-    what the inputs are, ``Tensor`` or ``list``. Raises :class:`CaptureError`; ``module`` is as it was then,
+    inline: the forward of a child that the graph is to go through, None for a child to call; without
+    ``inline`` every child is called, nn.Identity too. input_kind: what the inputs are, ``Tensor`` or
+    ``list``. Raises :class:`CaptureError`; ``module`` is as it was then,
     too.
     """
     before = _State(module)
@@ -234,7 +241,7 @@ for _name, _function in IN_PLACE_OPERATORS.items():
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, inline: Callable[[nn.Module], bool] | None, input_kind: type):
+    def __init__(self, inline: Callable[[nn.Module], Callable | None] | None, input_kind: type):
         super().__init__()
         self.inline = inline
         self.input_kind = input_kind
@@ -275,9 +282,10 @@ class _Tracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         path = self.path_of_module(m)
         if self.inline is not None and not kwargs and len(args) == 1:
-            if self.inline(m):
+            through = self.inline(m)
+            if through is not None:
                 self.inlined[path] = None
-                return nn.Sequential.forward(m, *args)
+                return through(m, *args)
             if self._returns_input(m):
                 self.bypassed[path] = None
                 return args[0]
@@ -286,4 +294,4 @@ class _Tracer(fx.Tracer):
     def _returns_input(self, m: nn.Module) -> bool:
         if has_hooks(m):
             return False
-        return type(m) is nn.Identity or (is_dropout(m) and not self.root.training)
+        return type(m) is nn.Identity or (is_dropout(m) and (not self.root.training or never_drops(m)))

@@ -7,18 +7,28 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastnets.fused import batch_norm, conv, cuda_graphs, dispatch
+from fastnets.fused import batch_norm, conv, cuda_graphs, dispatch, group_norm, pool
 from fastnets.fused.capture import CaptureError, capture, has_hooks
+from fastnets.fused.chains import Fusion, Left
+from fastnets.fused.fuse import is_layer
+from fastnets.fused.known_forwards import fusions_of
 from fastnets.fused.layout import is_stock
 from fastnets.fused.optimize import restore
-from fastnets.fused.patterns import Fusion, Left, is_batch_norm, is_convolution
+from fastnets.fused.patterns import is_batch_norm, norm_kind
 from fastnets.fused.saved import SavedBytes
 from fastnets.fused.swap import Rewritten, blueprint_of, is_sequential, variants_in_force
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
-_LAYERS = (*_CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, nn.Linear)
+_GROUP_NORMS = tuple(group_norm.GROUP_NORMS)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+_LAYERS = (
+    *(*_CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.MultiheadAttention),
+    *(*_NORMS, *_GROUP_NORMS, *pool.POOLS),
+)
+_COUNTED = ("conv", "linear", "attention")  # the layers that have FLOPs
 
 
 @dataclass
@@ -32,7 +42,8 @@ class Row:
         implementation: what runs in evaluation mode: "onednn", "triton", "stock", ...
         reason: why nothing is fused; empty where something is.
         layers: how many stock operations the row stands for.
-        counts: it is a convolution, or something after one that a fused call could do.
+        counts: it is a convolution, a linear layer or attention, or something after one that a fused call
+            could do.
         flops, bytes: what stock computes, and moves in one pass per operation; None where shapes are unknown.
     """
 
@@ -53,9 +64,9 @@ class Report:
 
     Attributes:
         rows: in the order of ``named_modules``.
-        coverage_by: shares in fused layers, 0 to 1. "layers": of the convolutions, and of the batch norms,
-            additions and activations that follow one; "flops" and "bytes": of all convolutions, linear layers
-            and batch norms of the network, present where the shapes are known.
+        coverage_by: shares in fused layers, 0 to 1. "layers": of the convolutions, linear layers and
+            attentions, and of the batch norms, additions and activations that follow one; "flops" and
+            "bytes": of all rows, present where the shapes are known.
         notes: remarks on the network as a whole.
         saved_bytes: what a training step keeps for its backward, "stock" and "fused"; empty where the shapes
             are not known or nothing is trained.
@@ -89,11 +100,18 @@ class Report:
 
     def _summary(self) -> str:
         counted = [row for row in self.rows if row.counts]
-        convs = [row for row in counted if row.kind.startswith("conv")]
-        text = (
-            f"convolutions fused: {sum(r.fused for r in convs)} of {len(convs)}; "
-            f"convolutions with what follows them: {self.coverage_by['layers']:.1%} of "
-            f"{sum(r.layers for r in counted)} operations"
+        found = {"convolutions": "conv", "linear layers": "linear", "attention": "attention"}
+        shares = []
+        for name, kind in found.items():
+            rows = [row for row in counted if row.kind.startswith(kind)]
+            if rows:
+                shares.append(f"{name} fused: {sum(r.fused for r in rows)} of {len(rows)}")
+        text = "; ".join(
+            [
+                *shares,
+                f"with what follows them: {self.coverage_by['layers']:.1%} of "
+                f"{sum(r.layers for r in counted)} operations",
+            ]
         )
         if "flops" in self.coverage_by:
             text += f"\nin fused layers: {self.coverage_by['flops']:.2%} of the FLOPs, "
@@ -155,17 +173,28 @@ class _Rows:
         self.shapes = shapes
         self.claimed: set[nn.Module] = set()
         self.gone_through: set[nn.Module] = set()
+        self.attending: set[str] = set()  # paths of containers whose call of attention is fused
         self.found: dict[str, list[Row]] = {}
         self.reasons: dict[nn.Module, str] = {}
 
     def collect(self) -> list[Row]:
         named = list(self.model.named_modules())
         for path, module in named:
-            if isinstance(module, Rewritten) and module not in self.gone_through:
+            if module in self.gone_through:
+                continue
+            if isinstance(module, Rewritten):
                 self._from_container(path, module)
+            for fusion in fusions_of(module):
+                self._add_fusion(path, module, fusion)
         for path, module in named:
             if isinstance(module, _LAYERS) and module not in self.claimed:
                 self._add(path, self._stock_row(path, module))
+        for path in self.shapes.attention:
+            if path not in self.attending:
+                reason = self._reason(f"{path}.attention" if path else "attention", None)
+                row = Row(path, "attention", False, "stock", reason)
+                row.flops, row.bytes = self.shapes.attention_cost(path)
+                self._add(path, row)
         order = {path: i for i, (path, _) in enumerate(named)}
         paths = sorted(self.found, key=lambda path: order.get(path, len(order)))
         return [row for path in paths for row in self.found[path]]
@@ -187,53 +216,82 @@ class _Rows:
             seen.update(variant.fusions, variant.left)
 
     def _add_fusion(self, prefix: str, module: nn.Module, fusion: Fusion) -> None:
-        layers = [
-            None if p is None else module.get_submodule(p) for p in (fusion.conv, fusion.bn, fusion.act)
-        ]
-        head = layers[0] if layers[0] is not None else layers[1]
-        if head in self.claimed:
+        layers = {role: module.get_submodule(path) for role, path in fusion.layers}
+        head = next(iter(layers.values()), None)
+        if head in self.claimed or (fusion.family == "attention" and prefix in self.attending):
             return
-        self.claimed.update(layer for layer in layers if layer is not None)
         path = _join(prefix, fusion.head)
-        reason = self._why_stock_now(fusion, *layers)
+        if fusion.family != "block":
+            self.claimed.update(layers.values())
+        if isinstance(head, nn.MultiheadAttention):
+            self.claimed.add(head.out_proj)
+        if head is None:
+            self.claimed.add(module)  # of a class that is derived from the layer's and calls its function
+            if fusion.family == "attention":
+                self.attending.add(prefix)
+        reason = self._why_stock_now(fusion, layers)
         parts = fusion.kind.split("+")
-        backend = module._fastnets.recipe.backend
-        row = Row(path, fusion.kind, not reason, "stock", reason, len(parts), fusion.conv is not None)
+        counts = fusion.family in (*_COUNTED, "block")
+        row = Row(path, fusion.kind, not reason, "stock", reason, len(parts), counts)
         if not reason:
-            row.implementation = self._implementation(path, fusion, layers, backend)
-        row.flops, row.bytes = self.shapes.cost(_join(prefix, fusion.head), head, parts)
+            row.implementation = self._implementation(path, fusion, module, layers)
+        if fusion.family == "attention" and head is None:
+            row.flops, row.bytes = self.shapes.attention_cost(path)
+        elif fusion.family != "block":
+            row.flops, row.bytes = self.shapes.cost(path, head if head is not None else module, parts)
         self._add(path, row)
 
     @staticmethod
-    def _why_stock_now(fusion: Fusion, conv_layer, bn_layer, act_layer) -> str:
+    def _why_stock_now(fusion: Fusion, layers: dict[str, nn.Module]) -> str:
         """Why a fused call runs the stock layers as things stand; empty where it fuses."""
-        paths = (fusion.conv, fusion.bn, fusion.act)
-        for path, layer in zip(paths, (conv_layer, bn_layer, act_layer)):
-            if layer is not None and has_hooks(layer):
+        for (_, path), layer in zip(fusion.layers, layers.values()):
+            if has_hooks(layer):
                 return f"{path} carries hooks"
-        if conv_layer is not None and type(conv_layer) is not nn.Conv2d:
-            return f"{fusion.conv} is parametrized ({type(conv_layer).__name__})"
-        if conv_layer is not None and type(conv_layer._parameters.get("weight")) is not nn.Parameter:
-            kind = type(conv_layer._parameters.get("weight")).__name__
-            return f"{fusion.conv}'s weight is a {kind} now; fused where a forward finds a plain parameter"
+        for role, stock in (("conv", nn.Conv2d), ("linear", nn.Linear)):
+            layer, path = layers.get(role), fusion.path(role)
+            if layer is None:
+                continue
+            if type(layer).forward is not stock.forward or "parametrizations" in layer._modules:
+                return f"{path} is parametrized ({type(layer).__name__})"
+            if type(layer._parameters.get("weight")) is not nn.Parameter:
+                kind = type(layer._parameters.get("weight")).__name__
+                return f"{path}'s weight is a {kind} now; fused where a forward finds a plain parameter"
         return ""
 
-    def _implementation(self, path: str, fusion: Fusion, layers, backend: str) -> str:
-        conv_layer, bn_layer, act_layer = layers
-        x = self.shapes.example_for(path, conv_layer if conv_layer is not None else bn_layer)
-        training = [m for m in (bn_layer,) if m is not None and m.training]
-        for m in training:
+    def _implementation(
+        self, path: str, fusion: Fusion, module: nn.Module, layers: dict[str, nn.Module]
+    ) -> str:
+        recipe = getattr(getattr(type(module), "_fastnets", None), "recipe", None)
+        backend = recipe.backend if recipe is not None else getattr(module, "backend", "auto")
+        evaluating = [m for m in layers.values() if m.training]
+        for m in evaluating:
             m.__dict__["training"] = False
         try:
-            with torch.no_grad(), dispatch.assume_device_type(_device_of(layers)):
-                if conv_layer is None:
-                    return batch_norm.choose(x, backend)
-                return conv.implementation_of(conv_layer, bn_layer, act_layer, fusion.activation, x, backend)
+            with torch.no_grad(), dispatch.assume_device_type(_device_of([module])):
+                return self._choice(path, fusion, module, layers, backend)
         except dispatch.UnsupportedByBackend as error:
             return f"raises: {error}"
         finally:
-            for m in training:
+            for m in evaluating:
                 m.__dict__["training"] = True
+
+    def _choice(self, path, fusion: Fusion, module, layers: dict[str, nn.Module], backend: str) -> str:
+        """Which implementation the op would choose for an input of the shape that is known, or guessed."""
+        if fusion.family == "block":
+            return "the block's last layer"
+        head = next(iter(layers.values()), module)
+        x = self.shapes.example_for(path, head)
+        if fusion.family == "conv":
+            layers = (layers["conv"], layers.get("bn"), layers.get("act"))
+            return conv.implementation_of(*layers, fusion.activation, x, backend)
+        backend = "auto" if backend == dispatch.UNFOLDED else backend
+        if fusion.family in ("group_norm", "pool") and dispatch.leaves_to_stock(x, backend):
+            return "stock"
+        if fusion.family in ("bn", "group_norm", "pool"):
+            return {"bn": batch_norm, "group_norm": group_norm, "pool": pool}[fusion.family].choose(
+                x, backend
+            )
+        return "reference"
 
     def _add_left(self, prefix: str, module: nn.Module, left: Left) -> None:
         path = _join(prefix, left.path)
@@ -246,19 +304,15 @@ class _Rows:
         self._add(path, Row(path, left.kind, False, "stock", left.reason, flops=flops, bytes=moved))
 
     def _stock_row(self, path: str, layer: nn.Module) -> Row:
-        if isinstance(layer, _CONVOLUTIONS):
-            kind, counts = "conv", True
-        elif isinstance(layer, nn.Linear):
-            kind, counts = "linear", False
-        else:
-            kind, counts = "bn", False
+        kind = _stock_kind(layer)
+        if kind == "attention":
+            self.claimed.add(layer.out_proj)
         flops, moved = self.shapes.cost(path, layer, [kind])
+        counts = kind in _COUNTED
         return Row(path, kind, False, "stock", self._reason(path, layer), 1, counts, flops, moved)
 
-    def _reason(self, path: str, layer: nn.Module) -> str:
-        if isinstance(layer, nn.Linear):
-            return "linear layers have no fused form yet"
-        if not is_convolution(layer) and not is_batch_norm(layer):
+    def _reason(self, path: str, layer: nn.Module | None) -> str:
+        if layer is not None and not is_layer(layer) and not isinstance(layer, (*_GROUP_NORMS, *pool.POOLS)):
             own = not is_stock(type(layer))
             return f"{type(layer).__name__} " + ("has a forward of its own" if own else "has no fused form")
         container_path, container = self._container_of(path)
@@ -274,7 +328,7 @@ class _Rows:
             self.reasons[container] = self._why_not_captured(container)
         if reason := self.reasons.get(container):
             return f"{container_path or 'the root'} ({type(container).__name__}) cannot be captured: {reason}"
-        if is_batch_norm(layer):
+        if layer is not None and (is_batch_norm(layer) or isinstance(layer, _GROUP_NORMS)):
             return "nothing stands before or after it that it could fuse with"
         return "its container does not call it as a layer"
 
@@ -310,6 +364,20 @@ class _Rows:
         return ""
 
 
+def _stock_kind(layer: nn.Module) -> str:
+    if isinstance(layer, _CONVOLUTIONS):
+        return "conv"
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if isinstance(layer, nn.MultiheadAttention):
+        return "attention"
+    if isinstance(layer, _NORMS):
+        return "rms_norm" if isinstance(layer, nn.RMSNorm) else "layer_norm"
+    if isinstance(layer, _GROUP_NORMS):
+        return norm_kind(layer)
+    return "pool" if isinstance(layer, pool.POOLS) else "bn"
+
+
 def _join(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if prefix and path else prefix or path
 
@@ -326,6 +394,8 @@ class _Shapes:
 
     def __init__(self, model: nn.Module, example_inputs: object, notes: list[str]):
         self.calls: dict[str, list[tuple[list[tuple], list[tuple]]]] = {}
+        self.attention: dict[str, list[list[tuple]]] = {}  # of scaled_dot_product_attention, by the caller
+        self.running: list[str] = []
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.known = False
         self.arguments = self._arguments(model, example_inputs)
@@ -359,8 +429,9 @@ class _Shapes:
     def _run(self, model: nn.Module) -> None:
         twin = restore(_on_meta(model)).eval()
         for path, module in twin.named_modules():
+            module.register_forward_pre_hook(self._entering(path))
             module.register_forward_hook(self._recorder(path))
-        with torch.no_grad():
+        with torch.no_grad(), _AttentionCalls(self):
             twin(*self.arguments)
 
     def saved_bytes(self, model: nn.Module, notes: list[str]) -> dict[str, int]:
@@ -379,8 +450,12 @@ class _Shapes:
             return {}
         return found
 
+    def _entering(self, path: str):
+        return lambda module, args: self.running.append(path)
+
     def _recorder(self, path: str):
         def record(module, args, output):
+            self.running.pop()
             inputs = [tuple(x.shape) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
             outputs = [tuple(y.shape) for y in pytree.tree_leaves(output) if isinstance(y, Tensor)]
             self.calls.setdefault(path, []).append((inputs, outputs))
@@ -390,8 +465,17 @@ class _Shapes:
     def example_for(self, path: str, layer: nn.Module) -> Tensor:
         """A meta tensor like the layer's input; a guess of 14 by 14 pixels where shapes are unknown."""
         calls = self.calls.get(path)
-        channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.num_features
-        shape = calls[0][0][0] if calls and calls[0][0] else (1, channels, 14, 14)
+        if calls and calls[0][0]:
+            shape = calls[0][0][0]
+        elif isinstance(layer, nn.Linear):
+            shape = (196, layer.in_features)
+        elif isinstance(layer, _NORMS):
+            shape = (196, *layer.normalized_shape)
+        elif isinstance(layer, nn.MultiheadAttention):
+            shape = (1, 196, layer.embed_dim)
+        else:
+            names = ("in_channels", "num_features", "num_channels")
+            shape = (1, next((getattr(layer, n) for n in names if hasattr(layer, n)), 64), 14, 14)
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
     def cost(self, path: str, layer: nn.Module | None, parts: list[str]) -> tuple[int | None, int | None]:
@@ -406,9 +490,59 @@ class _Shapes:
                 per_output = layer.weight[0].numel()
                 flops += 2 * per_output * (read if transposed else written)
                 elements += layer.weight.numel()
+            if isinstance(layer, nn.MultiheadAttention):
+                flops += _flops_of_attention_layer(layer, inputs)
+                elements += sum(p.numel() for p in layer.parameters())
+                read, written = sum(map(_numel, dict.fromkeys(inputs))), _numel(outputs[0])
             elements += read + written
             elements += sum(3 * written if part == "add" else 2 * written for part in parts[1:])
         return flops, elements * self.dtype.itemsize
+
+    def attention_cost(self, path: str) -> tuple[int | None, int | None]:
+        """FLOPs and bytes of the calls of attention in the forward at ``path``."""
+        if not self.known:
+            return None, None
+        flops = elements = 0
+        for q, k, v, y in self.attention.get(path, []):
+            flops += 2 * _numel(q[:-1]) * k[-2] * (q[-1] + v[-1])
+            elements += sum(map(_numel, (q, k, v, y)))
+        return flops, elements * self.dtype.itemsize
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Records calls of attention that no layer makes; PyTorch's own layers run their code that a graph of
+    shapes can follow."""
+
+    def __init__(self, shapes: _Shapes):
+        super().__init__()
+        self.shapes = shapes
+
+    def __enter__(self):
+        self.fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        torch.backends.mha.set_fastpath_enabled(self.fast_path)
+        return super().__exit__(*exception)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.scaled_dot_product_attention and len(args) >= 3:
+            path = self.shapes.running[-1] if self.shapes.running else ""
+            shapes = [tuple(t.shape) for t in (*args[:3], result)]
+            self.shapes.attention.setdefault(path, []).append(shapes)
+        return result
+
+
+def _flops_of_attention_layer(layer: nn.MultiheadAttention, inputs: list[tuple]) -> int:
+    """Of the projections and of attention, for inputs of these shapes."""
+    query, key, value = (inputs + inputs[-1:] * 2)[:3]
+    E, q, k = layer.embed_dim, _numel(query[:-1]), _numel(key[:-1])
+    dim = (1 if layer.batch_first else 0) if len(query) == 3 else 0
+    keys = key[dim] + (layer.bias_k is not None) + layer.add_zero_attn
+    projections = 2 * E * (2 * q * E + k * (key[-1] + value[-1]))
+    return projections + 4 * q * keys * E
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

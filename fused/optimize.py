@@ -19,9 +19,11 @@ from torch.utils import _pytree as pytree
 from fastnets.fused import cuda_graphs as graphs
 from fastnets.fused import dispatch, packing
 from fastnets.fused.conv_training import SAVES
+from fastnets.fused.fuse import is_layer
+from fastnets.fused.known_forwards import known_forward
 from fastnets.fused.layout import is_stock, may_observe_layout, names_read_by
 from fastnets.fused.packing import refresh
-from fastnets.fused.patterns import is_batch_norm, is_convolution
+from fastnets.fused.patterns import is_convolution
 from fastnets.fused.swap import (
     Recipe,
     Rewritten,
@@ -66,10 +68,10 @@ def optimize(
         dtype: convert floating-point parameters and buffers to it.
         backend: "auto", "triton", "library" or "reference".
         select: "heuristic". Choosing by measurement is not available yet.
-        filter_fn: called as ``filter_fn(layer, name)`` with each convolution and batch norm; False keeps that
-            layer stock.
+        filter_fn: called as ``filter_fn(layer, name)`` with each convolution, linear layer, batch, layer and
+            RMS norm, and nn.MultiheadAttention; False keeps that layer stock.
         inplace: rewrite ``model`` itself instead of a copy.
-        strict: raise where a convolution or what follows it could not be fused.
+        strict: raise where a convolution, linear layer or attention, or what follows one, could not be fused.
         cuda_graphs: in inference on CUDA, launch the whole forward at once: one CUDA graph is captured for
             each kind of input, up to eight, the second time it comes (see ``fused.cuda_graphs`` for what must
             not change meanwhile). Elsewhere, on the CPU for one, calls run as without it.
@@ -177,7 +179,7 @@ def _shapes_of(example_inputs: object) -> object:
 
 def _rewrite_network(model: nn.Module, recipe: Recipe, filter_fn: Callable | None) -> None:
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    heads = [m for m in names if is_convolution(m) or is_batch_norm(m)]
+    heads = [m for m in names if is_layer(m)]
     if not heads:
         return
     excluded = {m for m in heads if filter_fn is not None and not filter_fn(m, names[m])}
@@ -230,10 +232,11 @@ class _Network:
 
     @staticmethod
     def _containers_of_layers(order: list[nn.Module]) -> set[nn.Module]:
-        """The modules that are, or hold, a convolution or batch norm."""
+        """The modules that are, or hold, a layer, or parameters for their own code to use."""
         found: set[nn.Module] = set()
         for module in order:
-            if is_convolution(module) or is_batch_norm(module) or any(c in found for c in module.children()):
+            own = bool(module._parameters) and not is_stock(type(module))
+            if own or is_layer(module) or any(c in found for c in module.children()):
                 found.add(module)
         return found
 
@@ -241,11 +244,14 @@ class _Network:
         cls = type(module)
         if isinstance(module, torch.jit.ScriptModule) or _only_holds(module) or "forward" in module.__dict__:
             return False
+        if known_forward(cls) is not None:
+            return True
         if is_stock(cls) and not is_sequential(module):
             return False
         if cls.__call__ is not nn.Module.__call__:
             return False
-        holds_layers = module in self.fusible and next(module.children(), None) is not None
+        alone = next(module.children(), None) is None and (is_stock(cls) or is_layer(module))
+        holds_layers = module in self.fusible and not alone
         return holds_layers or may_observe_layout(cls)
 
     def _hides_layout(self, module: nn.Module) -> bool:

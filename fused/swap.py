@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import packing
@@ -33,9 +33,14 @@ from fastnets.fused.capture import (
     capture,
     has_hooks,
     is_dropout,
+    never_drops,
     required_arguments,
 )
+from fastnets.fused.chains import Fusion, Left
 from fastnets.fused.cuda_graphs import replayed
+from fastnets.fused.fuse import fuse, is_layer
+from fastnets.fused.handing_down import THEN_ADD, finish
+from fastnets.fused.known_forwards import KnownForward, known_forward
 from fastnets.fused.layout import (
     LayoutError,
     hide_layout,
@@ -46,15 +51,9 @@ from fastnets.fused.layout import (
 )
 from fastnets.fused.memory import in_chunks
 from fastnets.fused.ownership import run_in_sequence
-from fastnets.fused.patterns import (
-    Fusion,
-    Left,
-    fuse,
-    is_batch_norm,
-    is_convolution,
-    mark_dying_residuals,
-)
+from fastnets.fused.patterns import is_batch_norm, is_convolution, mark_dying_residuals
 from fastnets.fused.training_graph import link, shows_input
+from fastnets.fused.transformer_patterns import ending_in_addition, is_elementary, is_linear, is_norm
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"_modules"}
 _GRAPH_HEADER = re.compile(r"^def forward\(", re.MULTILINE)
@@ -104,6 +103,7 @@ class Variant:
     captured: Captured | None
     reason: str = ""
     source: str = ""
+    source_then_add: str = ""
     namespace: dict = field(default_factory=dict)
     fusions: tuple[Fusion, ...] = ()
     left: tuple[Left, ...] = ()
@@ -140,7 +140,7 @@ def ends_in_layers(sequential: nn.Module) -> bool:
     """Whether a Sequential begins or ends with something that may fuse with what stands around it."""
     children = list(sequential.children())
     for child in children[:1] + children[-1:]:
-        if is_convolution(child) or is_batch_norm(child) or recognise(child) is not None:
+        if is_layer(child) or is_elementary(child) or recognise(child) is not None:
             return True
         if is_sequential(child) and ends_in_layers(child):
             return True
@@ -153,17 +153,24 @@ def is_sequential(module: nn.Module) -> bool:
     return issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward
 
 
-def _may_inline(module: nn.Module) -> bool:
-    return is_sequential(module) and not has_hooks(module) and ends_in_layers(module)
+def _forward_to_go_through(module: nn.Module) -> Callable | None:
+    """The forward of a child that its caller's graph goes through; None for children that it calls."""
+    if has_hooks(module):
+        return None
+    if is_sequential(module):
+        return nn.Sequential.forward if ends_in_layers(module) else None
+    return without_rewrite(type(module)).forward if is_elementary(module) else None
 
 
 def capture_variants(module: nn.Module) -> dict[Condition, Variant]:
     """Capture the forward under every condition that makes a difference. ``module`` has its stock class."""
     variants: dict[Condition, Variant] = {}
+    if known_forward(type(module)) is not None:
+        return variants
     for training in (False, True):
         kinds = [Tensor]
         for kind in kinds:
-            inlining = _variant(module, training, _may_inline, kind)
+            inlining = _variant(module, training, _forward_to_go_through, kind)
             variants[Condition(training, True, kind)] = variants[Condition(training, False, kind)] = inlining
             captured = inlining.captured
             if captured is not None and (captured.inlined or captured.bypassed):
@@ -220,8 +227,15 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             variant.overwrites = mark_dying_residuals(
                 graph, dict(module.named_modules(remove_duplicate=False))
             )
-        code = graph.python_code("self")
-        variant.source, variant.namespace = _WRAP_STATEMENT.sub("", code.src).strip(), dict(code.globals)
+        variant.source, variant.namespace = _source_of(graph)
+        if (adding := ending_in_addition(graph, module)) is not None:
+            variant.source_then_add, more = _source_of(adding)
+            variant.namespace.update(more)
+
+
+def _source_of(graph: fx.Graph) -> tuple[str, dict]:
+    code = graph.python_code("self")
+    return _WRAP_STATEMENT.sub("", code.src).strip(), dict(code.globals)
 
 
 class _Writer:
@@ -235,6 +249,7 @@ class _Writer:
         self.signature = inspect.signature(self.stock_forward)
         self.namespace: dict[str, object] = {"_fn_stock": self.stock_forward, "_fn_Tensor": Tensor}
         self.functions: dict[str, str] = {}  # source of a variant's function -> its name
+        self.then_add = False
 
     def write(self) -> str:
         self_name, *parameters = self.signature.parameters.values()
@@ -287,11 +302,28 @@ class _Writer:
         if guards:
             lines += [f"    if not ({' and '.join(guards)}):", f"        return {self.stock_call}"]
         lines += self._branch(list(self.variants), "    ")
-        if len(self.functions) == 1 and len(lines) == 1 and "_fn_graph_0(" in lines[0]:
+        if len(self.functions) == 1 and len(lines) == 1 and "_fn_graph_0(" in lines[0] and not self._adds():
             return next(iter(self.functions)) + "\n"  # one graph for all cases: it is the forward
-        body = "\n".join([f"def forward({', '.join(declared)}):", *lines])
+        bodies = ["\n".join([f"def forward({', '.join(declared)}):", *lines])]
+        if self._adds():
+            bodies.append(self._write_then_add(declared, passed, guards))
         graphs = [_GRAPH_HEADER.sub(f"def {name}(", text, count=1) for text, name in self.functions.items()]
-        return "\n\n\n".join([*graphs, body]) + "\n"
+        return "\n\n\n".join([*graphs, *bodies]) + "\n"
+
+    def _adds(self) -> bool:
+        return any(variant.source_then_add for variant in self.variants.values())
+
+    def _write_then_add(self, declared: list[str], passed: list[str], guards: list[str]) -> str:
+        """The forward that scales its result and adds a residual, see ``fused.handing_down``."""
+        self.namespace["_fn_finish"] = finish
+        operands = ["_fn_residual", "_fn_scale"]
+        call = f"{self.arguments[0]}.forward({', '.join(passed[1:])})"
+        self.stock_call = f"_fn_finish({call}, {', '.join(operands)})"
+        self.then_add = True
+        lines = [f"def {THEN_ADD}({', '.join([declared[0], *operands, *declared[1:]])}):"]
+        if guards:
+            lines += [f"    if not ({' and '.join(guards)}):", f"        return {self.stock_call}"]
+        return "\n".join([*lines, *self._branch(list(self.variants), "    ")])
 
     def _branch(self, conditions: list[Condition], indent: str) -> list[str]:
         """Lines that return what the one condition that holds asks for."""
@@ -312,12 +344,14 @@ class _Writer:
 
     def _call(self, condition: Condition, indent: str) -> list[str]:
         variant = self.variants[condition]
-        if variant.captured is None:
+        source = variant.source_then_add if self.then_add else variant.source
+        if variant.captured is None or not source:
             return [f"{indent}return {self.stock_call}"]
-        name = self.functions.get(variant.source)
+        name = self.functions.get(source)
         if name is None:
-            name = self.functions[variant.source] = f"_fn_graph_{len(self.functions)}"
-        call = f"return {name}({', '.join(self.arguments)})"
+            name = self.functions[source] = f"_fn_graph_{len(self.functions)}"
+        arguments = [*self.arguments, *(("_fn_residual", "_fn_scale") if self.then_add else ())]
+        call = f"return {name}({', '.join(arguments)})"
         if condition.kind is list:
             return [f"{indent}if type({self.arguments[1]}) is list:", f"{indent}    {call}",
                     f"{indent}return {self.stock_call}"]  # fmt: skip
@@ -384,7 +418,9 @@ def passes_through(module: nn.Module, evaluating: bool = False) -> bool:
     """Whether calling ``module`` would still return its input."""
     if has_hooks(module) or _has_any_global_hook():
         return False
-    return type(module) is nn.Identity or (is_dropout(module) and (evaluating or not module.training))
+    if type(module) is nn.Identity:
+        return True
+    return is_dropout(module) and (evaluating or not module.training or never_drops(module))
 
 
 # --- the generated class ------------------------------------------------------------------------------------
@@ -448,6 +484,9 @@ def _role(module: object) -> object:
     return (
         is_convolution(module),
         is_batch_norm(module),
+        is_linear(module),
+        is_norm(module),
+        is_elementary(module),
         recognise(module),
         is_dropout(module),
         observes_layout(module),
@@ -481,6 +520,9 @@ _classes: weakref.WeakValueDictionary[tuple, type] = weakref.WeakValueDictionary
 
 def install(module: nn.Module, variants: dict[Condition, Variant], recipe: Recipe) -> bool:
     """Give ``module`` a class that runs the rewritten ``variants``; False where that would change nothing."""
+    known = known_forward(type(module))
+    if known is not None:
+        return _install_known(module, known, recipe)
     rewrite_variants(module, variants, recipe)
     captured = [v for v in variants.values() if v.captured is not None]
     if not recipe.restores_outputs and not any(v.fusions or v.changes for v in captured):
@@ -500,6 +542,19 @@ def install(module: nn.Module, variants: dict[Condition, Variant], recipe: Recip
     if cls is None:
         cls = _generate(stock, source, writer.namespace, variants, recipe)
         _classes[key] = cls
+    module.__class__ = cls
+    return True
+
+
+def _install_known(module: nn.Module, known: KnownForward, recipe: Recipe) -> bool:
+    """Give one of PyTorch's own containers, which cannot be captured, the forward that we have for it."""
+    if recipe.keep_stock - {""}:
+        return False
+    stock, recipe = type(module), Recipe(backend=recipe.backend, replays=recipe.replays)
+    cls = _classes.get((stock, recipe))
+    if cls is None:
+        cls = _generate(stock, known.source(stock.forward), known.scope(recipe.backend), {}, recipe)
+        _classes[(stock, recipe)] = cls
     module.__class__ = cls
     return True
 
@@ -547,16 +602,19 @@ def _generate(
     blueprint.hides_layout = hides_layout(stock, variants)
     blueprint.scope = scope
     blueprint.overwrites = any(variant.overwrites for variant in variants.values())
-    blueprint.keeps_private = all(
+    blueprint.keeps_private = bool(variants) and all(
         variant.captured is not None and not shows_input(variant.captured.graph)
         for condition, variant in variants.items()
         if condition.training and condition.intact and condition.kind is Tensor
     )
+    attributes = {}
+    if THEN_ADD in scope:
+        attributes[THEN_ADD] = scope[THEN_ADD]
     if recipe.splits_batches:
         forward = in_chunks(forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls))
     if recipe.replays:
         forward = replayed(forward)
-    attributes = {
+    attributes |= {
         "forward": forward,
         "_fastnets": blueprint,
         "__module__": stock.__module__,
@@ -583,7 +641,7 @@ def rewrite(module: nn.Module, recipe: Recipe) -> bool:
     if recipe.gives_between_blocks:
         return give_between_blocks(module)
     variants = capture_variants(module)
-    if all(v.captured is None for v in variants.values()) and not recipe.restores_outputs:
+    if variants and all(v.captured is None for v in variants.values()) and not recipe.restores_outputs:
         return False
     try:
         return install(module, variants, recipe)

@@ -18,10 +18,11 @@ import operator
 from torch import fx
 
 from fastnets.fused.batch_norm import call_bn_add_act
+from fastnets.fused.chains import writes
 from fastnets.fused.conv import call_conv_bn_act
 from fastnets.fused.layout import restore_layout
 from fastnets.fused.ownership import call_on_private
-from fastnets.fused.patterns import call_bn_iadd_act, call_conv_bn_iadd_act, writes
+from fastnets.fused.patterns import call_bn_iadd_act, call_conv_bn_iadd_act
 
 # Position of x; the residual comes next.
 _X = {call_conv_bn_act: 3, call_conv_bn_iadd_act: 4, call_bn_add_act: 2, call_bn_iadd_act: 3}

@@ -23,11 +23,12 @@ def test_rows_of_a_network():
         "layer1.1.conv1": "conv+bn+relu",
         "layer1.1.conv2": "conv+bn",
         "layer1.1.shortcut.0": "conv+bn+add+relu",
+        "pool": "pool",
         "fc": "linear",
     }
-    assert [row.fused for row in rows.values()] == [True] * 6 + [False]
-    assert "linear" in rows["fc"].reason
-    assert all(row.implementation not in ("", "stock") for row in rows.values() if row.fused)
+    assert all(row.fused for row in rows.values())
+    assert rows["pool"].implementation == "stock"  # on the CPU
+    assert all(row.implementation not in ("", "stock") for row in rows.values() if "conv" in row.kind)
 
 
 def test_coverage_with_and_without_shapes():
@@ -37,9 +38,11 @@ def test_coverage_with_and_without_shapes():
     assert "flops" not in without.coverage_by
     assert "no FLOPs" in str(without)
     x = images(2, 3, 12, 12)
-    given = fastnets.explain(fastnets.optimize(stock), x)
+    given = fastnets.explain(fastnets.optimize(stock, filter_fn=lambda m, name: name != "fc"), x)
+    whole = fastnets.explain(fastnets.optimize(stock), x)
+    assert whole.coverage == 1
     kept = fastnets.explain(fastnets.optimize(stock, x))
-    assert given.coverage_by == kept.coverage_by
+    assert whole.coverage_by == kept.coverage_by
     conv_flops = 2 * 2 * 8 * 100 * (27 + 4 * 72 + 8)
     fc_flops = 2 * 2 * 32 * 10
     assert given.coverage == pytest.approx(conv_flops / (conv_flops + fc_flops))
@@ -48,6 +51,8 @@ def test_coverage_with_and_without_shapes():
     image, feature_map = 2 * 3 * 144, 2 * 8 * 100
     assert stem.bytes == 4 * (image + feature_map + 8 * 27 + 4 * feature_map)
     assert 0 < given.coverage_by["bytes"] < 1
+    fc = next(row for row in given.rows if row.path == "fc")
+    assert fc.reason == "kept stock by filter_fn"
 
 
 def test_the_flop_counter_agrees():
@@ -160,7 +165,8 @@ def test_text():
 
 def test_backend_in_force():
     fast = fastnets.optimize(settled(Classifier()), backend="reference")
-    assert {row.implementation for row in fastnets.explain(fast).rows if row.fused} == {"reference"}
+    rows = [row for row in fastnets.explain(fast).rows if row.fused]
+    assert {row.implementation for row in rows if row.kind != "pool"} == {"reference"}
 
 
 @pytest.mark.parametrize("model", [None, 3, torch.zeros(1)])

@@ -195,7 +195,7 @@ class _ShiftedBN(nn.BatchNorm2d):
         (lambda *a: nn.Conv2d(*a, padding="same"), nn.BatchNorm2d, ["conv+bn+relu"]),
         (nn.Conv2d, lambda c: nn.BatchNorm2d(c, track_running_stats=False), ["conv+bn+relu"]),
         (nn.Conv2d, lambda c: nn.BatchNorm2d(c, affine=False), ["conv+bn+relu"]),
-        (nn.Conv2d, lambda c: nn.InstanceNorm2d(c), ["conv"]),
+        (nn.Conv2d, lambda c: nn.InstanceNorm2d(c), ["conv", "instance norm+relu"]),
     ],
 )
 def test_layers_by_exact_kind(conv, bn, expected):
