@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastnets.fused import dispatch
 from fastnets.fused.activation import recognise, recognise_call
 from fastnets.fused.chains import Fusion
 from fastnets.fused.handing_down import THEN_ADD
@@ -50,6 +51,7 @@ class KnownForward:
         return text
 
     def scope(self, backend: str) -> dict[str, object]:
+        backend = "auto" if backend == dispatch.UNFOLDED else backend
         return {"_fn_run": self.run, "_fn_then_add": self.then_add, "_fn_backend": backend}
 
 

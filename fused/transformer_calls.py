@@ -38,16 +38,5 @@ def call_linear_act(
     return _compose(linear(x), act, activation, negative_slope, layer_scale, residual)
 
 
-def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, *, backend="auto"):
-    return F.layer_norm(x, normalized_shape, weight, bias, eps)
-
-
-def call_layer_norm(norm: nn.Module, x: Tensor, residual=None, backend="auto"):
-    if residual is None:
-        return norm(x)
-    x = x + residual
-    return norm(x), x
-
-
 def gated_act(gate, up, activation="silu", backend="auto"):
     return activation_of(activation).forward(gate, 0.01) * up

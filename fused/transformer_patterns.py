@@ -23,15 +23,9 @@ from fastnets.fused.batch_norm import has_hooks, in_transform
 from fastnets.fused.capture import CaptureError, capture
 from fastnets.fused.chains import FRESH_FUNCTIONS, Chain, ChainFinder, Fusion, Left, addends, name_of, writes
 from fastnets.fused.handing_down import call_then_add, ends_in_linear, finish
+from fastnets.fused.layer_norm import call_layer_norm, layer_norm
 from fastnets.fused.layout import is_stock
-from fastnets.fused.transformer_calls import (
-    attention,
-    call_layer_norm,
-    call_linear_act,
-    gated_act,
-    layer_norm,
-    linear_act,
-)
+from fastnets.fused.transformer_calls import attention, call_linear_act, gated_act, linear_act
 
 _MULTIPLY = (operator.mul, torch.mul, "mul", "mul_")
 _RESHAPING = ("reshape", "view", "unsqueeze", "flatten", "squeeze")
@@ -144,6 +138,14 @@ def call_gated(
     return gated_act(gate, up, activation, backend=backend)
 
 
+def call_add_norm(norm: nn.Module, x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """``(norm(s), s)`` with ``s = x + residual``, also where the two broadcast or promote."""
+    if not isinstance(x, Tensor) or x.shape != residual.shape or x.dtype != residual.dtype:
+        s = x + residual
+        return call_layer_norm(norm, s, None, backend), s
+    return call_layer_norm(norm, x, residual, backend)
+
+
 FRESH_FUNCTIONS.update((call_linear_scale_add, call_then_add, call_gated, attention, layer_norm, linear_act))
 
 
@@ -155,8 +157,7 @@ class TransformerFinder(ChainFinder):
 
     def fuse(self) -> None:
         self._replace_gates()
-        # From the end of the graph, so that of two branches that meet in an addition the later one takes it.
-        for node in reversed(list(self.graph.nodes)):
+        for node in reversed(list(self.graph.nodes)):  # see ``patterns``
             if self.calls(node, is_linear):
                 self._fuse_linear(node)
             elif node.op == "call_module" and ends_in_linear(self.modules[node.target]):
@@ -269,7 +270,7 @@ class TransformerFinder(ChainFinder):
         if operands is not None and self._may_add_before(total, operands, node):
             with self.graph.inserting_before(total):
                 norm = self.graph.get_attr(node.target)
-                both = self.graph.call_function(call_layer_norm, (norm, *operands, self.unfolding))
+                both = self.graph.call_function(call_add_norm, (norm, *operands, self.unfolding))
                 normalised = self.graph.call_function(operator.getitem, (both, 0))
                 added = self.graph.call_function(operator.getitem, (both, 1))
             node.replace_all_uses_with(normalised)

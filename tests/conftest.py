@@ -37,6 +37,8 @@ def lane(request):
 
 @pytest.fixture(autouse=True)
 def seeded():
+    # PyTorch's own test helpers, once imported, forbid the whole process to set flags of backends.
+    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
     torch.manual_seed(0)
 
 
