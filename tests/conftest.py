@@ -37,8 +37,6 @@ def lane(request):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    # PyTorch's own test helpers, once imported, forbid the whole process to set flags of backends.
-    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True
     torch.manual_seed(0)
 
 
@@ -46,6 +44,8 @@ def seeded():
 def exact_fp32():
     """Products of fp32 convolutions are of fp32, ours and stock's; TF32 has tests of its own, which ask for
     it."""
+    # PyTorch's own test helpers, once imported, forbid the whole process to set such flags.
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
