@@ -4,6 +4,7 @@ from fastnets.fused.batch_norm import bn_add_act
 from fastnets.fused.conv import conv_bn_act
 from fastnets.fused.cross_entropy import CrossEntropyLoss, DistillationLoss, distillation_loss
 from fastnets.fused.dropout import Dropout, StochasticDepth, stochastic_depth
+from fastnets.fused.gated import gated_act
 from fastnets.fused.group_norm import GroupNormAct, InstanceNormAct, group_norm_act
 from fastnets.fused.layer_norm import (
     AddLayerNorm,
@@ -17,6 +18,7 @@ from fastnets.fused.layer_norm import (
 )
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
+from fastnets.fused.rope import apply_rope
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -39,9 +41,11 @@ __all__ = [
     "StochasticDepth",
     "add_layer_norm",
     "add_rms_norm",
+    "apply_rope",
     "bn_add_act",
     "conv_bn_act",
     "distillation_loss",
+    "gated_act",
     "group_norm_act",
     "layer_norm",
     "rms_norm",
