@@ -20,10 +20,10 @@ OLDEST_STAMP = $(OLDEST_VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .PHONY: help install demo test test-slow test-oldest-triton aot aot-sample lint format bench figures readme-table \
-	dist clean
+	docs dist clean
 
 help:
-	@echo "make demo | test | test-slow | test-oldest-triton | aot | aot-sample | lint | format | bench | figures | readme-table | dist | clean"
+	@echo "make demo | test | test-slow | test-oldest-triton | aot | aot-sample | lint | format | bench | figures | readme-table | docs | dist | clean"
 
 install: $(STAMP)
 
@@ -91,6 +91,13 @@ figures: $(STAMP)
 
 readme-table: $(STAMP)
 	$(RUN) -m fastnets.bench.readme_table README.md $(RESULTS)
+
+# The site, in out/site. Building it fetches nothing.
+docs: $(STAMP)
+	$(RUN) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	rm -rf out/package && $(RUN) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation \
+		--target out/package .
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
 dist: $(STAMP)
 	$(RUN) -m pip install -qq --disable-pip-version-check build
