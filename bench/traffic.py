@@ -24,7 +24,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from fastnets.bench.networks import Network
     from fastnets.bench.step_traffic import StepTable
 
-__all__ = ["Comparison", "Moved", "Traffic", "compare", "count"]
+__all__ = ["Comparison", "Moved", "Traffic", "compare", "count", "summary"]
 
 
 DTYPES = {
@@ -197,6 +197,19 @@ def compare(
     )
 
 
+def summary(comparisons: Iterable[Comparison]) -> Any:
+    """A ``rich`` table with a line for each comparison."""
+    from rich.table import Table
+
+    table = Table(caption="counted, not measured: see fastnets.bench.traffic")
+    table.add_column("network", overflow="fold")
+    for header in ("stock MiB", "fused MiB", "ratio", "launches", "GFLOP"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for comparison in comparisons:
+        table.add_row(comparison.title, *_cells(comparison.stock.total, comparison.fast.total))
+    return table
+
+
 def _cells(stock: Moved, fast: Moved) -> list[str]:
     return [
         mebibytes(stock.bytes),
@@ -211,8 +224,7 @@ def _ratio(stock: int, fast: int) -> str:
     return f"{fast / stock:.3f}" if stock else ""
 
 
-# --- the command
-# ----------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,7 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(_compare_layers(network, options))
         except (networks.UnknownNetwork, networks.MissingPackage, ValueError) as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
-        console.print(found[-1].table(options.depth))
+        if not options.summary:
+            console.print(found[-1].table(options.depth))
+    if options.summary:
+        console.print(summary(result for result in found if isinstance(result, Comparison)))
     if options.json is not None:
         options.json.write_text(json.dumps([result.to_json() for result in found], indent=1))
     return 0
@@ -267,6 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         "(eager, inductor, library, library-less, triton, triton-less); inductor takes minutes",
     )
     parser.add_argument("--depth", type=int, default=2, help="parts of the module path per row (0: all)")
+    parser.add_argument("--summary", action="store_true", help="one line per network, not one per layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every layer there")
     return parser
 
