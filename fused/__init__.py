@@ -17,6 +17,7 @@ from fastnets.fused.layer_norm import (
     rms_norm,
 )
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
+from fastnets.fused.linear import LinearAct, linear_act
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 from fastnets.fused.rope import apply_rope
 
@@ -36,6 +37,7 @@ __all__ = [
     "GroupNormAct",
     "InstanceNormAct",
     "LayerNorm",
+    "LinearAct",
     "MaxPool2d",
     "RMSNorm",
     "StochasticDepth",
@@ -49,5 +51,6 @@ __all__ = [
     "group_norm_act",
     "layer_norm",
     "rms_norm",
+    "linear_act",
     "stochastic_depth",
 ]

@@ -120,12 +120,14 @@ _TABLE = (
         lambda x, s: F.gelu(x),
         lambda g, x, s: aten.gelu_backward(g, x, approximate="none"),
         lambda s: ("gelu", [], "none"),
+        lambda x, s: aten.gelu_(x),
     ),
     Activation(
         "gelu_tanh",
         lambda x, s: F.gelu(x, approximate="tanh"),
         lambda g, x, s: aten.gelu_backward(g, x, approximate="tanh"),
         lambda s: ("gelu", [], "tanh"),
+        lambda x, s: aten.gelu_(x, approximate="tanh"),
     ),
 )
 

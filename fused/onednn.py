@@ -1,8 +1,9 @@
-"""The CPU library path: oneDNN's fused convolution, called with BN folded in and the weights packed.
+"""The CPU library path: oneDNN's fused convolution and linear layer, MKL's packed product; weights packed,
+BN folded in.
 
-``mkldnn::_convolution_pointwise`` and its ``binary`` form are private names of PyTorch's. Their presence is
-probed, and where they are missing or do not take a dtype, ``unsupported`` says so and the op stays with
-another implementation.
+``mkldnn::_convolution_pointwise``, its ``binary`` form, ``mkldnn::_linear_pointwise`` and
+``mkl::_mkl_linear`` are private names of PyTorch's. Their presence is probed, and where they are missing or
+do not take a dtype, ``unsupported`` says so and the op stays with another implementation.
 """
 
 from __future__ import annotations
@@ -197,3 +198,102 @@ def _native(weight, bias, stride, padding, dilation, groups, activation, negativ
         return channels_last(activate(y, negative_slope))
 
     return run
+
+
+# --- linear layers ------------------------------------------------------------------------------------------
+
+# What oneDNN computes in its own epilogue. Not the ReLUs: its maximum makes 0 of NaN.
+_LINEAR_EPILOGUES = ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+# Measured (fp32, one core): fewer rows than this are a product of vectors, which no packing helps.
+_PACKED_ROWS = 4
+
+
+@functools.cache
+def _linear_calls() -> tuple[Callable, Callable] | None:
+    """(the fused call, what packs for it) of oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    if pointwise is None or pack is None or "default" not in pointwise.overloads():
+        return None
+    return pointwise.default, pack.default
+
+
+@functools.cache
+def _mkl_calls() -> tuple[Callable, Callable] | None:
+    """(the call, what packs for it) of MKL: fp32 alone."""
+    if not torch.backends.mkl.is_available():
+        return None
+    linear = getattr(torch.ops.mkl, "_mkl_linear", None)
+    pack = getattr(torch.ops.mkl, "_mkl_reorder_linear_weight", None)
+    return None if linear is None or pack is None else (linear.default, pack.default)
+
+
+def linear_unsupported(dtype: torch.dtype) -> str | None:
+    """Why oneDNN and MKL cannot serve a linear layer of this dtype here; None if they can."""
+    if _linear_calls() is None:
+        return "this PyTorch has no mkldnn::_linear_pointwise"
+    if not torch._C._get_mkldnn_enabled():
+        return "torch.backends.mkldnn is switched off"
+    if not _takes(dtype):
+        return f"oneDNN does not take {dtype} on this CPU"
+    return None
+
+
+def prepare_linear(
+    rows: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    pack: bool,
+) -> Run:
+    """``run(x, residual)`` of a linear layer for an x of so many rows: the product by the fastest call that
+    was measured, the epilogue in it or in place on its result.
+
+    fp32 goes to MKL with packed weights: measured, its product is up to 15 % faster than stock's for many
+    rows and up to twice as fast for 4 to 16, and it adds in stock's order, where oneDNN's single chain of
+    2,000 terms is 2.6 times as far off. 16 bits go to oneDNN. A layer scale without an activation before it
+    is folded into the packed weights.
+    """
+    weight, bias, scale = (None if t is None else t.detach() for t in (weight, bias, layer_scale))
+    entry = activation_of(activation)
+    fused = pack and weight.dtype != torch.float32 and activation in _LINEAR_EPILOGUES
+    if scale is not None and activation == "none" and pack and weight.dtype == scale.dtype == torch.float32:
+        folded = weight * scale[:, None], None if bias is None else bias * scale
+        if all(bool(t.isfinite().all()) for t in folded if t is not None):
+            (weight, bias), scale = folded, None
+    product = _linear_product(rows, weight, bias, entry.onednn(negative_slope) if fused else None, pack)
+    activate = entry.in_place or entry.forward
+    if fused or activation == "none":
+        activate = None
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = product(x)
+        if activate is not None:
+            y = activate(y, negative_slope)
+        if residual is None:
+            return y if scale is None else y * scale
+        if scale is not None:
+            return torch.addcmul(residual, y, scale)
+        return y.add_(residual) if residual.dtype == y.dtype else y + residual
+
+    return run
+
+
+def _linear_product(rows, weight, bias, epilogue, pack) -> Callable[[Tensor], Tensor]:
+    pointwise, reorder = _linear_calls()
+    attribute, scalars, algorithm = epilogue or ("none", [], "")
+    mkl = _mkl_calls() if weight.dtype == torch.float32 else None
+    if weight.dtype == torch.float32:
+        if mkl is None or rows < _PACKED_ROWS or not pack:
+            return lambda x: torch.nn.functional.linear(x, weight, bias)
+        linear, reorder = mkl
+        packed = reorder(weight.contiguous(), rows)
+        return lambda x: linear(x, packed, weight, bias, rows)
+    if not pack:
+        return lambda x: torch.nn.functional.linear(x, weight, bias)
+    packed = reorder(weight.contiguous(), rows)
+    return lambda x: pointwise(x, packed, bias, attribute, scalars, algorithm)
