@@ -50,7 +50,7 @@ __all__ = [
     "gated_act",
     "group_norm_act",
     "layer_norm",
-    "rms_norm",
     "linear_act",
+    "rms_norm",
     "stochastic_depth",
 ]
