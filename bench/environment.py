@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastnets.fused.choices import cpu_name
+
 # Variables that change how memory is allocated or how many threads run, and so the figures.
 _VARIABLES = (
     "LD_PRELOAD",
@@ -74,14 +76,6 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        match = None
-    return match.group(1) if match else platform.processor() or platform.machine()
-
-
 def _memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -131,7 +125,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -64,14 +64,14 @@ def epilogue(
 # --- the op -------------------------------------------------------------------------------------------------
 
 
-def choose(x: Tensor, backend: str) -> str:
+def choose(x: Tensor, backend: str, op: str = "", *details: object) -> str:
     """The implementation that serves a call: see ``dispatch.triton_or_reference``."""
-    return dispatch.triton_or_reference(x, backend)
+    return dispatch.triton_or_reference(x, backend, op=op, details=details)
 
 
 def _body(x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, backend):
     _validate(x, bias, mean, var, bn_weight, bn_bias, residual, activation)
-    if x.numel() and choose(x, backend) == "triton":
+    if x.numel() and choose(x, backend, "bn_add_act", activation, residual is not None) == "triton":
         from fastnets.kernels.batch_norm import bn_add_act as launch
 
         return launch(

@@ -84,7 +84,7 @@ def check(stock: nn.Module, fast: nn.Module | Callable, example_inputs: object) 
         stock_output = _run(judged, arguments, dtype)
         fast_output = _run(_untouched(fast) if isinstance(fast, nn.Module) else fast, arguments, dtype)
         exact = _run(reference, arguments, torch.float64)
-    return _compare(stock_output, fast_output, exact)
+    return compare_outputs(stock_output, fast_output, exact)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
@@ -110,7 +110,9 @@ def _run(network: Callable, arguments: tuple, dtype: torch.dtype | None) -> obje
         return network(*pytree.tree_map(convert, arguments))
 
 
-def _compare(stock: object, fast: object, exact: object) -> CheckReport:
+def compare_outputs(stock: object, fast: object, exact: object) -> CheckReport:
+    """Judge what fast returned, where stock returned ``stock`` and would have returned ``exact`` in float64.
+    All three are tensors, or the same nest of tensors."""
     report = CheckReport()
     stock_leaves, stock_spec = pytree.tree_flatten(stock)
     fast_leaves, fast_spec = pytree.tree_flatten(fast)

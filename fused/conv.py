@@ -142,13 +142,15 @@ def _prepare(
 # --- the choice ---------------------------------------------------------------------------------------------
 
 
-def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str) -> str:
+def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str, wanted: str = "") -> str:
     """The implementation that serves a call: "triton", "onednn", "cudnn", "cudnn+epilogue" or "reference".
+
+    wanted: the backend that ``dispatch.preferred`` gave for ``backend``, where the caller has asked.
 
     Raises:
         UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
     """
-    wanted = dispatch.requested(backend)
+    wanted = wanted or dispatch.requested(backend)
     if wanted == "reference":
         return wanted
     ours = dispatch.ours_take((x.dtype,), wanted)
@@ -176,6 +178,13 @@ def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str
     return "reference"
 
 
+def _preferred(x, weight, stride, dilation, groups, activation, adds, backend) -> str:
+    """What was asked for, or measured to be the fastest for such a call."""
+    return dispatch.preferred(
+        "conv_bn_act", backend, x, weight.shape, stride, dilation, groups, activation, adds
+    )
+
+
 # --- the op -------------------------------------------------------------------------------------------------
 
 
@@ -186,9 +195,10 @@ def _body(
     # All batches share what is prepared, except one image (PyTorch may prefer other algorithms) and none.
     batch = min(len(x), 2) if x.dim() else 0
     added = residual is not None and (residual.shape[1:], residual.dtype, len(residual) == len(x))
+    wanted = _preferred(x, weight, stride, dilation, groups, activation, added is not False, backend)
     key = (
         batch, x.shape[1:], x.dtype, x.device, added, *stride, *padding, *dilation, groups,
-        eps, activation, negative_slope, backend, dispatch.requested(backend),
+        eps, activation, negative_slope, backend, wanted,
         torch._C._get_mkldnn_enabled(), x.is_meta and dispatch.device_type_of(x),
     )  # fmt: skip
     prepared = packing.lookup(weight, key, (bias, mean, var, bn_weight, bn_bias))
@@ -202,7 +212,7 @@ def _body(
     implementation = _checked.get(like)
     if implementation is None:
         shape = _validate(x, weights, residual, options)
-        implementation = choose(x, weight, groups, activation, backend)
+        implementation = choose(x, weight, groups, activation, backend, wanted)
         if implementation == "reference" or x.numel() == 0 or prepared is not None:
             return _reference(x, weights, residual, options)
         if implementation in _CALLS:
@@ -617,8 +627,12 @@ def implementation_of(
     activation: str,
     x: Tensor,
     backend: str = "auto",
+    adds: bool = False,
 ) -> str:
-    """The implementation that ``call_conv_bn_act`` would run for an input like ``x``; "stock" if none."""
+    """The implementation that ``call_conv_bn_act`` would run for an input like ``x``; "stock" if none.
+
+    adds: whether a residual is added.
+    """
     weight = conv._parameters.get("weight")
     if bn is not None and uses_batch_statistics(bn):
         plain = not _must_run_stock(conv, bn, act, x, weight, None)
@@ -627,4 +641,5 @@ def implementation_of(
         conv, bn, act, x, weight, None
     ):
         return "stock"
-    return choose(x, weight, conv.groups, activation, backend)
+    wanted = _preferred(x, weight, conv.stride, conv.dilation, conv.groups, activation, adds, backend)
+    return choose(x, weight, conv.groups, activation, backend, wanted)

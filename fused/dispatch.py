@@ -11,6 +11,9 @@ Every fused op has up to three implementations, all with the op's own arguments:
 The choice, strongest first: ``with fastnets.backend(name)``, the op's own ``backend`` argument (what
 ``optimize(backend=...)`` set), ``FASTNETS_BACKEND``, and for ``"auto"`` the op's heuristic. A backend that
 was asked for by name and cannot serve the call raises.
+
+Where something was measured on this device (``fused.selection``), what was the fastest for a call's bucketed
+shapes stands before the heuristic: see ``preferred``.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import contextvars
 import difflib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 BACKENDS = ("auto", "triton", "library", "reference")
 OUR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what our kernels take
 UNFOLDED = "unfolded"  # "auto" without what folds or packs weights: ``optimize(mode="training")``
+UNMEASURED = "unmeasured"  # "auto" by the heuristics alone: ``optimize(select="shipped")``
 
 # What an op's autocast rule excludes when it calls the op again.
 AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -96,7 +101,140 @@ def requested(backend_argument: str) -> str:
     forced = "auto" if torch.compiler.is_compiling() and not _TRACES_CONTEXT else _forced.get()
     if forced != "auto":
         return forced
-    return backend_argument if backend_argument not in ("auto", UNFOLDED) else _environment
+    return backend_argument if backend_argument not in ("auto", UNFOLDED, UNMEASURED) else _environment
+
+
+# --- what was measured --------------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """One choice that an op left to "auto" had to make: ``preferred`` was asked, and answered ``backend``.
+
+    shape: x's sizes, each rounded up to a power of two, and the details of the call as they are.
+    candidates: the backends it can choose from, the simplest first.
+    """
+
+    op: str
+    dtype: str
+    shape: str
+    device: torch.device
+    batch: int
+    backend: str
+    candidates: tuple[str, ...]
+
+
+Key = tuple[str, str, str]
+"""(op, dtype, shape), as a :class:`Decision` has them."""
+
+SIMPLEST_FIRST = ("reference", "library", "triton")
+_REMEMBERED_CALLS = 4096
+
+_measured: dict[
+    torch.device, dict[Key, str]
+] = {}  # what the store knows of each device, read when first asked
+_by_call: dict[tuple, str] = {}  # the same by exact shapes, for calls that were seen
+_nothing_measured = False  # neither in the store nor in this process
+_decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
+    "fastnets_decisions", default=None
+)
+
+
+def preferred(
+    op: str,
+    backend_argument: str,
+    x: Tensor,
+    *details: Hashable | list[int],
+    candidates: tuple[str, ...] = SIMPLEST_FIRST,
+) -> str:
+    """The backend in force for a call of ``op``: ``requested``, or where that leaves it to "auto" and nothing
+    forbids a look, the one that was measured to be the fastest on x's device.
+
+    details: what else the time depends on (weights' shapes, strides, the activation's name); matched exactly,
+    where x's sizes are matched in buckets. Costs a microsecond where anything was measured, else nothing.
+    """
+    wanted = requested(backend_argument)
+    if wanted != "auto" or backend_argument != "auto":
+        return wanted
+    watched = _decisions.get()
+    if _nothing_measured and watched is None:
+        return wanted
+    call = (op, x.shape, x.dtype, x.device, *[tuple(d) if d.__class__ is list else d for d in details])
+    found = _by_call.get(call)
+    if found is None or watched is not None:
+        found = _look_up(call, x, watched, candidates)
+    return found
+
+
+def _look_up(call: tuple, x: Tensor, watched: list[Decision] | None, candidates: tuple[str, ...]) -> str:
+    op, sizes, dtype, device, *details = call
+    if device.type == "meta":
+        device = _device_like(_assumed_device.get())
+    key = (op, str(dtype).removeprefix("torch."), _bucketed(sizes, details))
+    found = "auto" if device is None else _of_device(device).get(key, "auto")
+    if found not in (*candidates, "auto"):  # of a store that somebody has edited
+        found = "auto"
+    if watched is not None:
+        watched.append(Decision(*key, x.device, len(x) if x.dim() else 0, found, candidates))
+    if len(_by_call) >= _REMEMBERED_CALLS:
+        _by_call.clear()
+    _by_call[call] = found
+    return found
+
+
+def _bucketed(sizes: Sequence[int], details: Sequence[Hashable]) -> str:
+    """x's sizes in powers of two, so that a batch of 30 is served by what was measured with 32."""
+    words = ["×".join(str(1 << (size - 1).bit_length() if size else 0) for size in sizes)]
+    for detail in details:
+        words.append("×".join(map(str, detail)) if isinstance(detail, tuple) else str(detail))
+    return " ".join(words)
+
+
+def _device_like(device_type: str) -> torch.device | None:
+    if device_type != "cuda":
+        return torch.device(device_type)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _of_device(device: torch.device) -> dict[Key, str]:
+    global _nothing_measured
+    table = _measured.get(device)
+    if table is None:
+        from fastnets.fused.choices import Store, device_name
+
+        store, table = Store(), {}
+        if store.exists():
+            table = {choice[:3]: choice.backend for choice in store.read(device_name(device))}
+        else:
+            _nothing_measured = True
+        _measured[device] = table
+    return table
+
+
+def adopt(device: torch.device, choices: Mapping[Key, str]) -> None:
+    """From now on calls on ``device`` run the backend that ``choices`` name for them."""
+    global _nothing_measured
+    _of_device(device).update(choices)
+    _by_call.clear()
+    _nothing_measured = _nothing_measured and not choices
+
+
+def forget_measurements() -> None:
+    """Ask the store again at the next call."""
+    global _nothing_measured
+    _measured.clear()
+    _by_call.clear()
+    _nothing_measured = False
+
+
+@contextlib.contextmanager
+def decisions() -> Iterator[list[Decision]]:
+    """The choices that fused ops left to "auto" make inside the block, in this thread, in order."""
+    found: list[Decision] = []
+    token = _decisions.set(found)
+    try:
+        yield found
+    finally:
+        _decisions.reset(token)
 
 
 def ours_take(
@@ -116,13 +254,19 @@ def ours_take(
     return not others
 
 
-def triton_or_reference(x: Tensor, backend: str, *others: Tensor | None, **wording: str) -> str:
+def triton_or_reference(
+    x: Tensor, backend: str, *others: Tensor | None, op: str = "", details: tuple = (), **wording: str
+) -> str:
     """The implementation of an op of x (and others) that vendors do not have: "triton" or "reference".
+
+    op, details: for ``preferred``; without the op's name nothing that was measured is looked up.
 
     Raises:
         UnsupportedByBackend: see ``ours_take``, which ``wording`` is for.
     """
     wanted = requested(backend)
+    if op and wanted == "auto":
+        wanted = preferred(op, backend, x, *details, candidates=("reference", "triton"))
     ours = ours_take([t.dtype for t in (x, *others) if t is not None], wanted, **wording)
     if wanted in ("triton", "reference"):
         return wanted

@@ -283,7 +283,8 @@ class _Rows:
         x = self.shapes.example_for(path, head)
         if fusion.family == "conv":
             layers = (layers["conv"], layers.get("bn"), layers.get("act"))
-            return conv.implementation_of(*layers, fusion.activation, x, backend)
+            adds = "add" in fusion.kind.split("+")
+            return conv.implementation_of(*layers, fusion.activation, x, backend, adds)
         backend = "auto" if backend == dispatch.UNFOLDED else backend
         if fusion.family in ("group_norm", "norm", "pool") and dispatch.leaves_to_stock(x, backend):
             return "stock"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -39,7 +41,7 @@ from fastnets.fused.swap import (
 __all__ = ["optimize", "refresh", "restore"]
 
 MODES = ("auto", "inference", "training")
-_SELECT = ("heuristic", "measure")
+_SELECT = ("heuristic", "measure", "shipped")
 
 
 def optimize(
@@ -67,7 +69,10 @@ def optimize(
             that layers in evaluation mode run the reference composition where nothing else is asked for.
         dtype: convert floating-point parameters and buffers to it.
         backend: "auto", "triton", "library" or "reference".
-        select: "heuristic". Choosing by measurement is not available yet.
+        select: "heuristic" runs what was measured to be the fastest on this device before, and the shipped
+            heuristic's choice elsewhere. "measure" measures what is not known yet (see ``fused.selection``;
+            about a minute and a half at most), and leaves the network stock, with a warning, where its fused
+            form is not clearly faster on ``example_inputs``, which it needs. "shipped" uses no measurement.
         filter_fn: called as ``filter_fn(layer, name)`` with each convolution, linear layer, batch, layer and
             RMS norm, and nn.MultiheadAttention; False keeps that layer stock.
         inplace: rewrite ``model`` itself instead of a copy.
@@ -85,11 +90,30 @@ def optimize(
 
     Raises:
         TypeError, ValueError: for arguments that make no sense, and, with ``strict``, for layers that were
-            not fused. ``model`` is then as it was.
+            not fused. ``model`` is then as it was. With ``select="measure"`` also what the stock network
+            raises for ``example_inputs``.
     """
     _validate(model, mode, dtype, backend, select, filter_fn, save)
+    if select == "measure":
+        if example_inputs is None:
+            raise ValueError(
+                "select='measure' needs example_inputs: give the inputs that the network will be run on"
+            )
+        rewritten = functools.partial(
+            optimize,
+            mode=mode,
+            dtype=dtype,
+            backend=backend,
+            filter_fn=filter_fn,
+            strict=strict,
+            cuda_graphs=cuda_graphs,
+            save=save,
+        )
+        return _optimize_by_measurement(model, example_inputs, rewritten, dtype, inplace)
     if mode == "training" and backend == "auto":
         backend = dispatch.UNFOLDED
+    if select == "shipped" and backend == "auto":
+        backend = dispatch.UNMEASURED
     with torch.inference_mode(False):
         undo = None
         if inplace:
@@ -124,6 +148,33 @@ def _replays(model: nn.Module) -> bool:
     return blueprint is not None and blueprint.recipe.replays
 
 
+def _optimize_by_measurement(model, example_inputs, rewritten, dtype, inplace) -> nn.Module:
+    """What ``optimize`` returns for ``select="measure"``; ``rewritten`` is ``optimize`` without it."""
+    from fastnets.fused.selection import select
+
+    with torch.inference_mode(False):
+        stock = model if not inplace and dtype is None else copy.deepcopy(model)
+        if dtype is not None:
+            stock.to(dtype=dtype)
+        if any(isinstance(m, Rewritten) for m in stock.modules()):
+            stock = restore(copy.deepcopy(stock))
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if dtype is not None:
+        arguments = pytree.tree_map(
+            lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, arguments
+        )
+    fast = rewritten(model, arguments, inplace=inplace)
+    found = select(stock, fast, arguments)
+    if found.interrupted:
+        if inplace:
+            restore(fast)
+        raise KeyboardInterrupt
+    if found.keeps_stock:
+        warnings.warn(f"fastnets.optimize(select='measure'): {found.verdict}", stacklevel=4)
+        restore(fast)
+    return fast
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Give ``model`` back its stock classes, in place, with its current weights. Returns ``model``."""
     if not isinstance(model, nn.Module):
@@ -148,8 +199,6 @@ def _validate(model, mode, dtype, backend, select, filter_fn, save) -> None:
     _one_of("mode", mode, MODES)
     _one_of("select", select, _SELECT)
     _one_of("save", save, SAVES)
-    if select == "measure":
-        raise ValueError("select='measure' is not available in this version; use select='heuristic'")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     if filter_fn is not None and not callable(filter_fn):

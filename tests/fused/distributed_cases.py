@@ -11,7 +11,9 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -25,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastnets
+from fastnets.fused import dispatch, selection
 from fastnets.fused.swap import Rewritten
 from tests.accuracy import assert_close_to
 from tests.fused.networks import Classifier, graphs, images, settled
@@ -277,6 +280,33 @@ def a_sharded_checkpoint_crosses():
     _assert_same_network(whole, other)
 
 
+def rank_0_decides_what_all_ranks_run() -> None:
+    model, x = _network(), torch.randn(IMAGES)
+    fast, measured = fastnets.optimize(model), []
+    run = selection._Selector.run
+    with mock.patch.object(selection._Selector, "run", lambda self: measured.append(1) or run(self)):
+        with mock.patch.dict(os.environ, FASTNETS_CACHE_DIR=tempfile.mkdtemp()):
+            found = selection.select(model, fast, (x,))
+    assert len(measured) == (dist.get_rank() == 0)
+    assert found.layers
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, [found, dict(dispatch._of_device(torch.device("cpu")))])
+    assert all(found == gathered[0][0] for found, _ in gathered)
+    for layer in found.layers:
+        assert [table[layer.key] for _, table in gathered] == [layer.backend] * len(gathered)
+    dispatch.forget_measurements()
+    with pytest.raises(RuntimeError) as raised:
+        selection.select(model, fast, (torch.randn(1, 7, 8, 8),))
+    assert ("rank 0: " in str(raised.value)) == (dist.get_rank() > 0)
+
+
+def what_is_sharded_is_not_measured() -> None:
+    model = _network()
+    fully_shard(model)
+    with pytest.raises(ValueError, match="optimize it before it is sharded"):
+        fastnets.optimize(model, torch.randn(IMAGES), select="measure", inplace=True)
+
+
 WRAPPERS = (
     ddp,
     ddp_optimized_under_the_wrapper,
@@ -291,4 +321,6 @@ CASES = (
     a_fused_checkpoint_of_ddp_loads_stock_and_back,
     a_full_checkpoint_of_fsdp_loads_stock_and_back,
     a_sharded_checkpoint_crosses,
+    rank_0_decides_what_all_ranks_run,
+    what_is_sharded_is_not_measured,
 )
