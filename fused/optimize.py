@@ -150,8 +150,9 @@ def _replays(model: nn.Module) -> bool:
 
 def _optimize_by_measurement(model, example_inputs, rewritten, dtype, inplace) -> nn.Module:
     """What ``optimize`` returns for ``select="measure"``; ``rewritten`` is ``optimize`` without it."""
-    from fastnets.fused.selection import select
+    from fastnets.fused.selection import refuse_sharded, select
 
+    refuse_sharded(model)
     with torch.inference_mode(False):
         stock = model if not inplace and dtype is None else copy.deepcopy(model)
         if dtype is not None:

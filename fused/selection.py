@@ -127,7 +127,7 @@ def select(
         raise ValueError(
             f"budget={budget:g}: nothing can be measured in no time; give seconds, or leave it out"
         )
-    _refuse_sharded(stock)
+    refuse_sharded(stock)
     device = _device_of(stock)
 
     def here() -> Selection:
@@ -139,7 +139,7 @@ def select(
     return found
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter and hasattr(parameter, "placements"):
             raise ValueError(

@@ -36,7 +36,7 @@ X = (2, 3, 12, 12)
         ({"backend": "tritn"}, ValueError, "did you mean 'triton'"),
         ({"mode": "infrence"}, ValueError, "did you mean 'inference'"),
         ({"select": "guess"}, ValueError, "heuristic"),
-        ({"select": "measure"}, ValueError, "not available"),
+        ({"select": "measure"}, ValueError, "needs example_inputs"),
         ({"dtype": torch.int8}, TypeError, "floating-point"),
         ({"dtype": "bf16"}, TypeError, "torch.bfloat16"),
         ({"filter_fn": 3}, TypeError, "filter_fn"),
