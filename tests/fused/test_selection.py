@@ -195,11 +195,10 @@ def test_what_was_measured_serves_near_batches_of_its_own_shapes(net, x):
         assert implementation_of(*args, x, dispatch.UNMEASURED) == "onednn"
         assert implementation_of(*args, x, dispatch.UNFOLDED) == "reference"
     report = fastnets.explain(fastnets.optimize(net, x))
-    assert {row.path: row.implementation for row in report.rows if row.fused} == {
-        "conv1": "reference", "conv2": "reference", "conv3": "onednn"
-    }  # fmt: skip
+    chosen = {row.path: row.implementation for row in report.rows if row.path.startswith("conv")}
+    assert chosen == {"conv1": "reference", "conv2": "reference", "conv3": "onednn"}
     shipped = fastnets.explain(fastnets.optimize(net, x, select="shipped"))
-    assert {row.implementation for row in shipped.rows if row.fused} == {"onednn"}
+    assert {row.implementation for row in shipped.rows if row.path.startswith("conv")} == {"onednn"}
 
 
 def test_the_store_is_read_when_a_layer_is_first_called(net, x, store):
