@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastnets.creation import create_model
+    from fastnets.fused.attention import attention
     from fastnets.fused.check import check
     from fastnets.fused.dispatch import backend
     from fastnets.fused.explain import explain
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # public name -> the module that defines it
 _HOME = {
+    "attention": "fastnets.fused.attention",
     "backend": "fastnets.fused.dispatch",
     "check": "fastnets.fused.check",
     "create_model": "fastnets.creation",
@@ -39,6 +41,7 @@ _HOME = {
 _SUBPACKAGES = ("bench", "fused", "kernels", "models")
 
 __all__ = [
+    "attention",
     "backend",
     "check",
     "create_model",

@@ -1,5 +1,6 @@
 """What users compose: fused ops, modules, and the rewriting of whole networks."""
 
+from fastnets.fused.attention import attention
 from fastnets.fused.batch_norm import bn_add_act
 from fastnets.fused.conv import conv_bn_act
 from fastnets.fused.cross_entropy import CrossEntropyLoss, DistillationLoss, distillation_loss
@@ -44,6 +45,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "apply_rope",
+    "attention",
     "bn_add_act",
     "conv_bn_act",
     "distillation_loss",

@@ -37,11 +37,14 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high, (a * b) & _WORD
 
 
-def philox(seed: Tensor, counter: Tensor) -> Tensor:
-    """Four random words for each counter: int64 [n, 4] in [0, 2^32) from an int64 [1] and an int64 [n]."""
+def philox(seed: Tensor, *counter: Tensor) -> Tensor:
+    """Four random words for each counter: int64 [n, 4] in [0, 2^32) from an int64 [1] and int64 [n].
+
+    counter: up to four words, the low ones first; those left out are zero.
+    """
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    c0 = counter & _WORD
-    c1 = c2 = c3 = torch.zeros_like(c0)
+    words = [word & _WORD for word in counter]
+    c0, c1, c2, c3 = words + [torch.zeros_like(words[0])] * (4 - len(words))
     for _ in range(10):
         high_a, low_a = _multiply(c0, _MULTIPLIERS[0])
         high_b, low_b = _multiply(c2, _MULTIPLIERS[1])
