@@ -59,7 +59,7 @@ def _backward(n: int, step_m: int, m: int, step_n: int, warps: int, stages: int)
 _BACKWARD = {
     16: _backward(64, 64, 64, 64, 4, 2),
     32: _backward(64, 64, 64, 64, 4, 2),
-    64: _backward(128, 32, 128, 32, 4, 2),
+    64: _backward(128, 64, 128, 64, 8, 2),
     128: _backward(128, 32, 128, 32, 8, 2),
     256: _backward(64, 32, 64, 32, 8, 1),
 }
@@ -67,7 +67,7 @@ _BACKWARD_FP32 = {
     16: _backward(32, 32, 32, 32, 4, 2),
     32: _backward(32, 32, 32, 32, 4, 2),
     64: _backward(32, 32, 32, 32, 4, 1),
-    128: _backward(32, 16, 32, 16, 8, 1),
+    128: _backward(16, 16, 16, 16, 4, 1),
     256: _backward(16, 16, 16, 16, 8, 1),
 }
 
