@@ -75,20 +75,21 @@ def capture(
     training: bool,
     inline: Callable[[nn.Module], Callable | None] | None,
     input_kind: type = Tensor,
+    given: tuple[str, ...] = (),
 ) -> Captured:
     """The graph of ``module``'s forward with the given ``training`` flag.
 
     inline: the forward of a child that the graph is to go through, None for a child to call; without
     ``inline`` every child is called, nn.Identity too. input_kind: what the inputs are, ``Tensor`` or
-    ``list``. Raises :class:`CaptureError`; ``module`` is as it was then,
-    too.
+    ``list``. given: names of arguments with a default that are tensors all the same. Raises
+    :class:`CaptureError`; ``module`` is as it was then, too.
     """
     before = _State(module)
     flag = module.training
     module.__dict__["training"] = training
     numbers = random.getstate()
     try:
-        tracer = _Tracer(inline, input_kind)
+        tracer = _Tracer(inline, input_kind, given)
         with torch.enable_grad(), _NoTensorWork():
             tracer.modes = _active_modes()
             graph = tracer.trace(module)
@@ -241,8 +242,11 @@ for _name, _function in IN_PLACE_OPERATORS.items():
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, inline: Callable[[nn.Module], Callable | None] | None, input_kind: type):
+    def __init__(
+        self, inline: Callable[[nn.Module], Callable | None] | None, input_kind: type, given: tuple[str, ...]
+    ):
         super().__init__()
+        self.given = given
         self.inline = inline
         self.input_kind = input_kind
         self.inlined: dict[str, None] = {}
@@ -252,7 +256,12 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         names = required_arguments(root_fn)
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in (*names, *self.given)]
+
+        def forward(root, *inputs):
+            return root_fn(root, *inputs[: len(names)], **dict(zip(self.given, inputs[len(names) :])))
+
+        return (forward if self.given else root_fn), [self.root, *inputs]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

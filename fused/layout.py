@@ -135,14 +135,16 @@ def hide_layout(
     *,
     restore_outputs: bool,
     observing: Callable[[nn.Module], bool],
+    as_stock: Callable[[fx.Node], bool] = lambda node: False,
     training: bool = False,
 ) -> int:
     """Edit ``graph`` so that no code outside it sees a layout that stock would not have shown.
 
     root: the module that the graph's paths start from. restore_outputs: the graph's caller is not rewritten,
     so results go back in stock's layout; the graph's own inputs are then in stock's layout and say which
-    that is. observing: whether a called module looks at the layout of its inputs. training:
-    dropout draws its noise in the order of memory, and so looks, too.
+    that is. observing: whether a called module looks at the layout of its inputs. as_stock: whether a node's
+    value has stock's layout whatever that of its inputs. training: dropout draws its noise in the order of
+    memory, and so looks, too.
 
     Returns the number of changes. Raises :class:`LayoutError` for a graph that reads strides itself.
     """
@@ -159,13 +161,13 @@ def hide_layout(
             if getattr(node.target, "__name__", "") in ("as_strided", "from_dlpack"):
                 raise LayoutError(f"its forward calls {node.target.__name__}()")
             if not _is_torch_function(node.target) or (training and node.target in _DROPOUT_FUNCTIONS):
-                changes += _restore_arguments(graph, node, inputs if restore_outputs else [])
+                changes += _restore_arguments(graph, node, inputs if restore_outputs else [], as_stock)
         elif node.op == "call_module":
             module = root.get_submodule(node.target)
             if observing(module) or (training and isinstance(module, _DROPOUTS)):
-                changes += _restore_arguments(graph, node, inputs if restore_outputs else [])
+                changes += _restore_arguments(graph, node, inputs if restore_outputs else [], as_stock)
         elif node.op == "output" and restore_outputs:
-            changes += _restore_arguments(graph, node, inputs)
+            changes += _restore_arguments(graph, node, inputs, as_stock)
     return changes
 
 
@@ -178,7 +180,9 @@ def _is_torch_function(target: Callable) -> bool:
     return module.split(".")[0] in ("torch", "_operator", "builtins", "math", "fastnets", "torchvision")
 
 
-def _restore_arguments(graph: fx.Graph, consumer: fx.Node, region_inputs: list[fx.Node]) -> int:
+def _restore_arguments(
+    graph: fx.Graph, consumer: fx.Node, region_inputs: list[fx.Node], as_stock: Callable[[fx.Node], bool]
+) -> int:
     """Bring the consumer's tensors to stock's layout, below the views through which it would see it."""
     changes = 0
     for node in list(consumer.all_input_nodes):
@@ -186,6 +190,8 @@ def _restore_arguments(graph: fx.Graph, consumer: fx.Node, region_inputs: list[f
         while _is_view(base) and base.all_input_nodes:
             reader, base = base, base.all_input_nodes[0]
         if base.op == "get_attr" or base in region_inputs or base.target is restore_layout:
+            continue
+        if as_stock(base):
             continue
         with graph.inserting_after(base):
             restored = graph.call_function(restore_layout, (base, *region_inputs))

@@ -29,12 +29,14 @@ from fastnets.fused.patterns import is_convolution
 from fastnets.fused.swap import (
     Recipe,
     Rewritten,
+    arguments_that_may_be_given,
     blueprint_of,
     capture_variants,
     give_between_blocks,
     hides_layout,
     install,
     is_sequential,
+    tensors_given,
     without_rewrite,
 )
 
@@ -239,6 +241,7 @@ def _rewrite_network(model: nn.Module, recipe: Recipe, filter_fn: Callable | Non
             recipe,
             restores_outputs=module in network.restores_outputs,
             keep_stock=_paths_of(module, excluded),
+            given=tuple(network.given.get(module, ())),
             splits_batches=module is model,
             replays=recipe.replays and module is model,
             example=recipe.example if module is model else None,
@@ -269,7 +272,30 @@ class _Network:
         self._visit(model, order)
         self.fusible = self._containers_of_layers(order)
         self.captured = {m: capture_variants(m) for m in order if self._worth_capturing(m)}
+        self.given: dict[nn.Module, list[tuple[str, ...]]] = {}
+        for module in reversed(order):  # callers first: what they are given, they may hand on
+            if self.captured.get(module) and not all(c in self.captured for c in self.parents[module]):
+                for name in arguments_that_may_be_given(type(module)):  # nobody knows how it is called
+                    self._capture_with(module, (name,))
+            self._capture_what_is_given(module)
         self.restores_outputs = {m for m in self.captured if self._must_restore(m, model)}
+
+    def _capture_what_is_given(self, caller: nn.Module) -> None:
+        """Capture children for the arguments that ``caller`` gives them although they have a default."""
+        for variant in list(self.captured.get(caller, {}).values()):
+            nodes = () if variant.captured is None else variant.captured.graph.nodes
+            for node in nodes:
+                child = caller.get_submodule(node.target) if node.op == "call_module" else None
+                if self.captured.get(child):
+                    self._capture_with(child, tensors_given(node, child))
+
+    def _capture_with(self, module: nn.Module, given: tuple[str, ...]) -> None:
+        if not given or given in self.given.setdefault(module, []):
+            return
+        variants = capture_variants(module, given)
+        if any(variant.captured is not None for variant in variants.values()):
+            self.given[module].append(given)
+            self.captured[module] |= variants
 
     def _visit(self, module: nn.Module, order: list[nn.Module]) -> None:
         """Record parents, and append to ``order`` children first."""

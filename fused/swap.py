@@ -8,7 +8,8 @@ call, among graphs captured under different conditions, and runs the stock forwa
 * *intact*: a graph that goes through child Sequentials, or past children that return their input, holds as
   long as those carry no hooks and still have the children they had; else a graph that calls them takes over;
 * the kind of the inputs, where the forward asks for it;
-* arguments that have a default must be left at it.
+* arguments that have a default must be left at it, but for those that a rewritten caller is known to give
+  (*given*), which must be tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +54,13 @@ from fastnets.fused.memory import in_chunks
 from fastnets.fused.ownership import run_in_sequence
 from fastnets.fused.patterns import is_batch_norm, is_convolution, mark_dying_residuals
 from fastnets.fused.training_graph import link, shows_input
-from fastnets.fused.transformer_patterns import ending_in_addition, is_elementary, is_linear, is_norm
+from fastnets.fused.transformer_patterns import (
+    ending_in_addition,
+    is_elementary,
+    is_linear,
+    is_linear_result,
+    is_norm,
+)
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"_modules"}
 _GRAPH_HEADER = re.compile(r"^def forward\(", re.MULTILINE)
@@ -72,6 +79,7 @@ class Recipe:
         restores_outputs: the caller is not rewritten, so results go out in stock's layout.
         keep_stock: paths, from the container, of layers that are not to be fused.
         gives_between_blocks: the container is a plain Sequential, whose blocks may overwrite what they get.
+        given: sets of arguments that have a default and are given as tensors, as callers do.
         splits_batches: the container is a whole network, whose batches may be split (``fused.memory``).
         replays: the container is a whole network, replayed from CUDA graphs (``fused.cuda_graphs``).
         example: on the root, shapes of the example inputs given to ``optimize``, for reports.
@@ -81,6 +89,7 @@ class Recipe:
     save: str = "auto"
     restores_outputs: bool = False
     keep_stock: frozenset[str] = frozenset()
+    given: tuple[tuple[str, ...], ...] = ()
     gives_between_blocks: bool = False
     splits_batches: bool = False
     replays: bool = False
@@ -94,6 +103,7 @@ class Condition:
     training: bool
     intact: bool
     kind: type
+    given: tuple[str, ...] = ()
 
 
 @dataclass
@@ -162,33 +172,54 @@ def _forward_to_go_through(module: nn.Module) -> Callable | None:
     return without_rewrite(type(module)).forward if is_elementary(module) else None
 
 
-def capture_variants(module: nn.Module) -> dict[Condition, Variant]:
-    """Capture the forward under every condition that makes a difference. ``module`` has its stock class."""
+def capture_variants(module: nn.Module, given: tuple[str, ...] = ()) -> dict[Condition, Variant]:
+    """Capture the forward under every condition that makes a difference. ``module`` has its stock class.
+
+    given: arguments with a default that are tensors in these calls.
+    """
     variants: dict[Condition, Variant] = {}
     if known_forward(type(module)) is not None:
         return variants
     for training in (False, True):
         kinds = [Tensor]
         for kind in kinds:
-            inlining = _variant(module, training, _forward_to_go_through, kind)
-            variants[Condition(training, True, kind)] = variants[Condition(training, False, kind)] = inlining
+            inlining = _variant(module, training, _forward_to_go_through, kind, given)
+            intact, broken = (Condition(training, whole, kind, given) for whole in (True, False))
+            variants[intact] = variants[broken] = inlining
             captured = inlining.captured
             if captured is not None and (captured.inlined or captured.bypassed):
-                variants[Condition(training, False, kind)] = _variant(module, training, None, kind)
-            if kind is Tensor and (captured is None or captured.asks_type):
+                variants[broken] = _variant(module, training, None, kind, given)
+            if kind is Tensor and not given and (captured is None or captured.asks_type):
                 kinds.append(list)
     return variants
 
 
-def _variant(module: nn.Module, training: bool, inline: Callable | None, kind: type) -> Variant:
+def _variant(
+    module: nn.Module, training: bool, inline: Callable | None, kind: type, given: tuple[str, ...]
+) -> Variant:
     try:
-        captured = capture(module, training=training, inline=inline, input_kind=kind)
+        captured = capture(module, training=training, inline=inline, input_kind=kind, given=given)
     except CaptureError as error:
         return Variant(None, str(error))
     held = _held(module, captured)
     if kind is list and len([n for n in captured.graph.nodes if n.op == "placeholder"]) != 1:
         return Variant(None, "its forward takes several arguments, not all of them tensors")
     return Variant(captured, held=held)
+
+
+def tensors_given(call: fx.Node, module: nn.Module) -> tuple[str, ...]:
+    """The arguments with a default that a call in a graph gives ``module`` as values of the graph."""
+    parameters = list(inspect.signature(without_rewrite(type(module)).forward).parameters.values())[1:]
+    named = dict(zip((p.name for p in parameters), call.args)) | dict(call.kwargs)
+    return tuple(
+        p.name for p in parameters if p.default is not p.empty and isinstance(named.get(p.name), fx.Node)
+    )
+
+
+def arguments_that_may_be_given(cls: type[nn.Module]) -> list[str]:
+    """Names of the arguments of the forward that are left out by None."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is None]
 
 
 def observes_layout(module: nn.Module) -> bool:
@@ -215,6 +246,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
                 module,
                 restore_outputs=recipe.restores_outputs,
                 observing=observes_layout,
+                as_stock=lambda node: is_linear_result(node, module),
                 training=condition.training,
             )
         except LayoutError as error:
@@ -254,6 +286,7 @@ class _Writer:
     def write(self) -> str:
         self_name, *parameters = self.signature.parameters.values()
         declared, passed, guards = [self_name.name], [self_name.name], []
+        defaults: dict[str, str] = {}  # argument -> the test that it was left out
         star = False
         for p in parameters:
             default = ""
@@ -263,6 +296,7 @@ class _Writer:
                 default = f"={name}"
                 same = "==" if type(p.default) in (int, float, str, tuple) else "is"
                 guards.append(f"{p.name} {same} {name}")
+                defaults[p.name] = guards[-1]
             if p.kind is p.VAR_POSITIONAL:
                 star = True
                 declared.append(f"*{p.name}")
@@ -298,32 +332,42 @@ class _Writer:
             self.namespace[name] = layers_of(self.module.get_submodule(path))
             self.namespace["_fn_layers_of"] = layers_of
             guards.append(f"_fn_layers_of({self._path(path)}) == {name}")
-        lines = []
-        if guards:
-            lines += [f"    if not ({' and '.join(guards)}):", f"        return {self.stock_call}"]
-        lines += self._branch(list(self.variants), "    ")
+        self.guards, self.defaults = guards, defaults
+        lines = self._lines()
         if len(self.functions) == 1 and len(lines) == 1 and "_fn_graph_0(" in lines[0] and not self._adds():
             return next(iter(self.functions)) + "\n"  # one graph for all cases: it is the forward
         bodies = ["\n".join([f"def forward({', '.join(declared)}):", *lines])]
         if self._adds():
-            bodies.append(self._write_then_add(declared, passed, guards))
+            bodies.append(self._write_then_add(declared, passed))
         graphs = [_GRAPH_HEADER.sub(f"def {name}(", text, count=1) for text, name in self.functions.items()]
         return "\n\n\n".join([*graphs, *bodies]) + "\n"
 
     def _adds(self) -> bool:
         return any(variant.source_then_add for variant in self.variants.values())
 
-    def _write_then_add(self, declared: list[str], passed: list[str], guards: list[str]) -> str:
+    def _lines(self) -> list[str]:
+        """The body: a branch for each set of arguments that may be given, the stock forward for others."""
+        lines, required = [], self.arguments
+        for given in sorted({c.given for c in self.variants} - {()}):
+            left_out = [guard for guard in self.guards if guard not in map(self.defaults.get, given)]
+            tests = [*(f"isinstance({name}, _fn_Tensor)" for name in given), *left_out]
+            self.arguments = [*required, *given]
+            conditions = [c for c in self.variants if c.given == given]
+            lines += [f"    if {' and '.join(tests)}:", *self._branch(conditions, "        ")]
+        self.arguments = required
+        if self.guards:
+            lines += [f"    if not ({' and '.join(self.guards)}):", f"        return {self.stock_call}"]
+        return lines + self._branch([c for c in self.variants if not c.given], "    ")
+
+    def _write_then_add(self, declared: list[str], passed: list[str]) -> str:
         """The forward that scales its result and adds a residual, see ``fused.handing_down``."""
         self.namespace["_fn_finish"] = finish
         operands = ["_fn_residual", "_fn_scale"]
         call = f"{self.arguments[0]}.forward({', '.join(passed[1:])})"
         self.stock_call = f"_fn_finish({call}, {', '.join(operands)})"
         self.then_add = True
-        lines = [f"def {THEN_ADD}({', '.join([declared[0], *operands, *declared[1:]])}):"]
-        if guards:
-            lines += [f"    if not ({' and '.join(guards)}):", f"        return {self.stock_call}"]
-        return "\n".join([*lines, *self._branch(list(self.variants), "    ")])
+        header = f"def {THEN_ADD}({', '.join([declared[0], *operands, *declared[1:]])}):"
+        return "\n".join([header, *self._lines()])
 
     def _branch(self, conditions: list[Condition], indent: str) -> list[str]:
         """Lines that return what the one condition that holds asks for."""
@@ -641,6 +685,8 @@ def rewrite(module: nn.Module, recipe: Recipe) -> bool:
     if recipe.gives_between_blocks:
         return give_between_blocks(module)
     variants = capture_variants(module)
+    for given in recipe.given:
+        variants |= capture_variants(module, given)
     if variants and all(v.captured is None for v in variants.values()) and not recipe.restores_outputs:
         return False
     try:

@@ -36,7 +36,3 @@ def call_linear_act(
     backend="auto",
 ) -> Tensor:  # fmt: skip
     return _compose(linear(x), act, activation, negative_slope, layer_scale, residual)
-
-
-def gated_act(gate, up, activation="silu", backend="auto"):
-    return activation_of(activation).forward(gate, 0.01) * up

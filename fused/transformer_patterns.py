@@ -22,10 +22,11 @@ from torch import Tensor, fx, nn
 from fastnets.fused.batch_norm import has_hooks, in_transform
 from fastnets.fused.capture import CaptureError, capture
 from fastnets.fused.chains import FRESH_FUNCTIONS, Chain, ChainFinder, Fusion, Left, addends, name_of, writes
+from fastnets.fused.gated import gated_act
 from fastnets.fused.handing_down import call_then_add, ends_in_linear, finish
 from fastnets.fused.layer_norm import call_layer_norm, layer_norm
 from fastnets.fused.layout import is_stock
-from fastnets.fused.transformer_calls import attention, call_linear_act, gated_act, linear_act
+from fastnets.fused.transformer_calls import attention, call_linear_act, linear_act
 
 _MULTIPLY = (operator.mul, torch.mul, "mul", "mul_")
 _RESHAPING = ("reshape", "view", "unsqueeze", "flatten", "squeeze")
@@ -433,6 +434,14 @@ def _permutation(node: fx.Node) -> tuple[int, ...] | None:
     dims = node.args[1:]
     dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else tuple(dims)
     return dims if dims and all(isinstance(d, int) for d in dims) else None
+
+
+def is_linear_result(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node's value comes from a linear layer, here or in a child: it is contiguous then."""
+    if node.op == "call_module":
+        child = root.get_submodule(node.target)
+        return ends_in_linear(child) and not isinstance(child, nn.MultiheadAttention)
+    return node.target is call_linear_scale_add
 
 
 def ending_in_addition(graph: fx.Graph, root: nn.Module) -> fx.Graph | None:
