@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastnets.fused import batch_norm, conv, cuda_graphs, dispatch, group_norm, layer_norm, pool
+from fastnets.fused import batch_norm, conv, cuda_graphs, dispatch, group_norm, layer_norm, linear, pool
 from fastnets.fused.capture import CaptureError, capture, has_hooks
 from fastnets.fused.chains import Fusion, Left
 from fastnets.fused.fuse import is_layer
@@ -288,6 +288,9 @@ class _Rows:
         backend = "auto" if backend == dispatch.UNFOLDED else backend
         if fusion.family in ("group_norm", "norm", "pool") and dispatch.leaves_to_stock(x, backend):
             return "stock"
+        if fusion.family == "linear" and fusion.layers:
+            act = layers.get("act")
+            return linear.implementation_of(layers["linear"], act, fusion.activation, x, backend=backend)
         if fusion.family == "norm":
             return layer_norm.choose(x, backend)
         if fusion.family in ("bn", "group_norm", "pool"):

@@ -530,7 +530,7 @@ def _call_stock(linear, act, x, residual, activation, negative_slope, layer_scal
     y = act(y) if act is not None else activation_of(activation).forward(y, negative_slope)
     if layer_scale is not None:
         y = layer_scale(y) if isinstance(layer_scale, nn.Module) else y * layer_scale
-    return y if residual is None else residual + y
+    return y if residual is None else y + residual  # y is contiguous, and so is the sum
 
 
 def _runs_stock(linear, act, x, residual, layer_scale, backend) -> bool:
@@ -552,6 +552,11 @@ def _runs_stock(linear, act, x, residual, layer_scale, backend) -> bool:
         or in_transform()
     ):
         return True
+    return _stock_is_sooner(x, weight, backend)
+
+
+def _stock_is_sooner(x: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether the CPU, asked for nothing else, is done sooner with stock: layers that are small or learn."""
     if dispatch.device_type_of(x) == "cuda" or dispatch.requested(backend) != "auto":
         return False
     if torch.compiler.is_compiling():
@@ -559,6 +564,36 @@ def _runs_stock(linear, act, x, residual, layer_scale, backend) -> bool:
     return (
         torch.is_grad_enabled() or backend == dispatch.UNFOLDED or x.numel() * weight.shape[0] < _SMALL_ON_CPU
     )
+
+
+def call_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``residual + layer_scale * F.linear(x, weight, bias)`` where a network calls the function: by the fused
+    op where that is stock's result, as stock computes it elsewhere. Parts of a weight are not packed."""
+    tensors = [t for t in (x, weight, bias, residual, layer_scale) if t is not None]
+    plain = all(t.__class__ in _PLAIN_WEIGHTS and not t.is_nested for t in tensors) and not in_transform()
+    if (
+        not plain
+        or x.dim() == 0
+        or x.shape[-1] != weight.shape[-1]
+        or weight.dim() != 2
+        or not _dtypes_agree(weight, x)
+        or (residual is not None and not _adds_plainly(weight, x, residual))
+        or (layer_scale is not None and layer_scale.shape != weight.shape[:1])
+        or _stock_is_sooner(x, weight, backend)
+        or (weight._is_view() and dispatch.leaves_to_stock(x, backend))
+    ):
+        y = F.linear(x, weight, bias)
+        y = y if layer_scale is None else y * layer_scale
+        return y if residual is None else y + residual  # y is contiguous, and so is the sum
+    op = _differentiable if torch.is_grad_enabled() else _infer
+    return op(x, weight, bias, layer_scale, residual, "none", 0.0, backend)
 
 
 def _scales_plainly(module: nn.Module) -> bool:
@@ -582,7 +617,7 @@ def _adds_plainly(weight: Tensor, x: Tensor, residual: Tensor) -> bool:
 
 def _dtypes_agree(weight: Tensor, x: Tensor) -> bool:
     """Whether stock would multiply in one dtype, which autocast may choose."""
-    if not x.is_floating_point() or x.device != weight.device:
+    if not x.is_floating_point() or (x.device != weight.device and not x.is_meta):
         return False
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.float64 not in (x.dtype, weight.dtype)

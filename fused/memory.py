@@ -32,6 +32,7 @@ _SAMPLEWISE = frozenset(
     [
         *("mkldnn::_convolution_pointwise", "aten::convolution", "aten::mkldnn_convolution", "aten::conv2d"),
         *("fastnets::conv_bn_act_inference", "fastnets::bn_add_act_inference"),
+        "fastnets::linear_act_inference",
         *("aten::relu", "aten::relu_", "aten::hardtanh", "aten::hardtanh_", "aten::leaky_relu", "aten::silu"),
         *("aten::silu_", "aten::hardswish", "aten::hardswish_", "aten::hardsigmoid", "aten::hardsigmoid_"),
         *("aten::sigmoid", "aten::sigmoid_", "aten::tanh", "aten::tanh_", "aten::gelu", "aten::clone"),

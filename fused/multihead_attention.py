@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import in_transform
 from fastnets.fused.handing_down import finish
-from fastnets.fused.transformer_calls import attention, linear_act
+from fastnets.fused.linear import call_linear
+from fastnets.fused.transformer_calls import attention
 
 
 def attend(
@@ -106,7 +107,7 @@ def _attend(
         residual = residual.transpose(0, 1)
     y = y.transpose(1, 2) if batch_first and not swaps else y.permute(2, 0, 1, 3)
     y = y.reshape(*y.shape[:2], mha.embed_dim)
-    y = project(y, out.weight, out.bias, residual, scale, backend)
+    y = call_linear(y, out.weight, out.bias, residual, scale, backend)
     y = y.transpose(0, 1) if swaps else y
     if not batched:
         return y.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -148,28 +149,6 @@ def _stock_serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal
     return any(mask.dtype != torch.bool and not mask.is_floating_point() for mask in masks)
 
 
-def project(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """``linear(x) · scale + residual``, with as much of it in the product's epilogue as is stock's result."""
-    backend = "auto" if backend == dispatch.UNFOLDED else backend
-    shape = (*x.shape[:-1], weight.shape[0])
-    dtype = x.dtype
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    fits = residual is None or (tuple(residual.shape) == shape and residual.dtype == dtype)
-    if scale is not None and (scale.dim() != 1 or len(scale) != shape[-1] or scale.dtype != dtype):
-        fits = False
-    if fits:
-        return linear_act(x, weight, bias, residual=residual, layer_scale=scale, backend=backend)
-    return finish(linear_act(x, weight, bias, backend=backend), residual, scale)
-
-
 def _project(mha, query, key, value, backend) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of the size ``embed_dim``, before they are split into heads."""
     E, bias = mha.embed_dim, mha.in_proj_bias
@@ -177,14 +156,14 @@ def _project(mha, query, key, value, backend) -> tuple[Tensor, Tensor, Tensor]:
         weights = (mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         inputs = zip((query, key, value), weights, biases)
-        return tuple(project(x, weight, b, backend=backend) for x, weight, b in inputs)
+        return tuple(call_linear(x, weight, b, backend=backend) for x, weight, b in inputs)
     weight = mha.in_proj_weight
     if query is key and key is value:
-        return project(query, weight, bias, backend=backend).chunk(3, -1)
+        return call_linear(query, weight, bias, backend=backend).chunk(3, -1)
 
     def part(x: Tensor, first: int, last: int) -> Tensor:
         b = None if bias is None else bias[first * E : last * E]
-        return project(x, weight[first * E : last * E], b, backend=backend)
+        return call_linear(x, weight[first * E : last * E], b, backend=backend)
 
     q = part(query, 0, 1)
     if key is value:

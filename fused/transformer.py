@@ -22,8 +22,8 @@ from fastnets.fused.batch_norm import has_hooks, in_transform
 from fastnets.fused.capture import never_drops
 from fastnets.fused.handing_down import call_then_add
 from fastnets.fused.layer_norm import call_layer_norm
+from fastnets.fused.linear import call_linear_act
 from fastnets.fused.multihead_attention import MultiheadAttention, share_state
-from fastnets.fused.transformer_calls import call_linear_act
 
 # --- parts of a layer ---------------------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ from fastnets.fused.gated import gated_act
 from fastnets.fused.handing_down import call_then_add, ends_in_linear, finish
 from fastnets.fused.layer_norm import call_layer_norm, layer_norm
 from fastnets.fused.layout import is_stock
-from fastnets.fused.transformer_calls import attention, call_linear_act, linear_act
+from fastnets.fused.linear import call_linear, call_linear_act
+from fastnets.fused.transformer_calls import attention
 
 _MULTIPLY = (operator.mul, torch.mul, "mul", "mul_")
 _RESHAPING = ("reshape", "view", "unsqueeze", "flatten", "squeeze")
@@ -147,7 +148,7 @@ def call_add_norm(norm: nn.Module, x: Tensor, residual: Tensor, backend: str) ->
     return call_layer_norm(norm, x, residual, backend)
 
 
-FRESH_FUNCTIONS.update((call_linear_scale_add, call_then_add, call_gated, attention, layer_norm, linear_act))
+FRESH_FUNCTIONS.update((call_linear_scale_add, call_then_add, call_gated, attention, layer_norm))
 
 
 # --- finding them -------------------------------------------------------------------------------------------
@@ -344,6 +345,8 @@ class TransformerFinder(ChainFinder):
 
     def _replace_function(self, node: fx.Node) -> None:
         call, kind = _FUNCTIONS[node.target]
+        if "input" in node.kwargs:
+            return
         with self.graph.inserting_before(node):
             kwargs = {**node.kwargs, "backend": self.unfolding}
             fused = self.graph.call_function(call, node.args, kwargs)
@@ -377,20 +380,13 @@ def call_attention(*arguments: object, backend: str = "auto", **options: object)
     return attention(*arguments, backend=backend, **options)
 
 
-def call_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """``F.linear``, likewise."""
-    if not _is_plain(input, weight, bias):
-        return F.linear(input, weight, bias)
-    return linear_act(input, weight, bias, backend=backend)
-
-
 def call_layer_norm_function(
-    input: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5, backend: str = "auto"
+    x: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5, backend: str = "auto"
 ) -> Tensor:
     """``F.layer_norm``, likewise."""
-    if not _is_plain(input, weight, bias):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    return layer_norm(input, normalized_shape, weight, bias, eps, backend=backend)
+    if not _is_plain(x, weight, bias):
+        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+    return layer_norm(x, normalized_shape, weight, bias, eps, backend=backend)
 
 
 def _is_plain(x: Tensor, *parameters: Tensor | None) -> bool:
