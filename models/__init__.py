@@ -6,8 +6,30 @@ load; where only timm has it, timm's.
 
 from fastnets.models.alexnet import AlexNet, AlexNet2012, alexnet, alexnet_2012
 from fastnets.models.checkpoint import CheckpointError, KeyStyle, load_weights, read_checkpoint
+from fastnets.models.convnext import (
+    ConvNeXt,
+    ConvNeXtTimm,
+    convnext_base,
+    convnext_large,
+    convnext_small,
+    convnext_tiny,
+    convnext_xlarge,
+)
 from fastnets.models.densenet import DenseNet, densenet121, densenet161, densenet169, densenet201
 from fastnets.models.dynamic_depth import StochasticDepth, blocks_to_skip
+from fastnets.models.efficientnet import (
+    EfficientNet,
+    efficientnet_b0,
+    efficientnet_b1,
+    efficientnet_b2,
+    efficientnet_b3,
+    efficientnet_b4,
+    efficientnet_b5,
+    efficientnet_b6,
+    efficientnet_b7,
+    efficientnet_v2_s,
+)
+from fastnets.models.efficientnet_lite import EfficientNetLite, efficientnet_lite0
 from fastnets.models.feature_pyramid import ResNetFPN, resnet18_fpn, resnet50_fpn, resnet101_fpn
 from fastnets.models.googlenet import GoogLeNet, GoogLeNetOutputs, googlenet, googlenet_2014
 from fastnets.models.inception import InceptionOutputs, InceptionV3, inception_v3
@@ -50,7 +72,11 @@ __all__ = [
     "AlexNet",
     "AlexNet2012",
     "CheckpointError",
+    "ConvNeXt",
+    "ConvNeXtTimm",
     "DenseNet",
+    "EfficientNet",
+    "EfficientNetLite",
     "GoogLeNet",
     "GoogLeNetOutputs",
     "InceptionOutputs",
@@ -73,12 +99,27 @@ __all__ = [
     "alexnet",
     "alexnet_2012",
     "blocks_to_skip",
+    "convnext_base",
+    "convnext_large",
+    "convnext_small",
+    "convnext_tiny",
+    "convnext_xlarge",
     "create_model",
     "densenet121",
     "densenet161",
     "densenet169",
     "densenet201",
     "dinov2_s_14",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
+    "efficientnet_lite0",
+    "efficientnet_v2_s",
     "googlenet",
     "googlenet_2014",
     "inception_v3",

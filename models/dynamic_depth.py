@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from torch import Tensor, nn
+import torch.fx
+from torch import Tensor, fx, nn
 
 __all__ = ["StochasticDepth", "blocks_to_skip", "stochastic_depth", "stochastic_depth_rates"]
 
@@ -63,6 +64,9 @@ def blocks_to_skip(
     Raises ``TypeError`` for anything else, ``ValueError`` naming the block that does not exist or cannot be
     skipped.
     """
+    if isinstance(skip, fx.Proxy):
+        _refuse_to_skip(skip)
+        return frozenset()
     optional = range(depth) if optional is None else optional
     if isinstance(skip, float):
         wanted = round(skip * depth)
@@ -87,3 +91,9 @@ def blocks_to_skip(
             )
         chosen.add(index % depth)
     return frozenset(chosen)
+
+
+@torch.fx.wrap  # a tracer records all blocks, and this refusal to leave any of them out
+def _refuse_to_skip(skip: float | Collection[int]) -> None:
+    if skip:
+        raise ValueError(f"skip={skip}: a traced network runs all its blocks; call the network itself")

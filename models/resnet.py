@@ -15,14 +15,17 @@ Residual Transformations" (arXiv:1611.05431); S. Zagoruyko and N. Komodakis, "Wi
 
 Input: (N, 3, H, W), designed for 224×224; any size from 1×1 works, for the average pool is global. A stage
 that halves the resolution does so in its first 3×3 convolution (the "v1.5" form; the paper strides the first
-1×1). Names and shapes in ``state_dict`` are torchvision's.
+1×1). Names and shapes in ``state_dict`` are torchvision's. A call may leave out blocks (``skip``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from fastnets.models.blocks import check_images
+from fastnets.models.dynamic_depth import blocks_to_skip, stochastic_depth, stochastic_depth_rates
 from fastnets.models.registry import register_model
 
 __all__ = [
@@ -50,7 +53,10 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and the shortcut around them (ResNet-18 and 34)."""
+    """Two 3×3 convolutions and the shortcut around them (ResNet-18 and 34).
+
+    drop_branch: chance of leaving the convolutions out in training, as in the Bottleneck.
+    """
 
     expansion = 1  # output channels = expansion × channels
 
@@ -62,6 +68,7 @@ class BasicBlock(nn.Module):
         downsample: nn.Module | None = None,
         groups: int = 1,
         width_per_group: int = 64,
+        drop_branch: float = 0.0,
     ):
         super().__init__()
         if groups != 1 or width_per_group != 64:
@@ -74,11 +81,12 @@ class BasicBlock(nn.Module):
         self.conv2 = conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = downsample
+        self.drop_branch = stochastic_depth(drop_branch)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
+        x = self.drop_branch(self.bn2(self.conv2(x)))
         x += shortcut
         return self.relu(x)
 
@@ -100,6 +108,7 @@ class Bottleneck(nn.Module):
         downsample: nn.Module | None = None,
         groups: int = 1,
         width_per_group: int = 64,
+        drop_branch: float = 0.0,
     ):
         super().__init__()
         width = int(channels * width_per_group / 64) * groups
@@ -111,12 +120,13 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
+        self.drop_branch = stochastic_depth(drop_branch)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
+        x = self.drop_branch(self.bn3(self.conv3(x)))
         x += shortcut
         return self.relu(x)
 
@@ -126,6 +136,7 @@ class ResNet(nn.Module):
 
     depths: blocks in each of the four stages, of 64, 128, 256 and 512 channels (times the block's expansion).
     zero_init_residual: start each block as the identity (last BN weight 0), as large-batch training likes it.
+    stochastic_depth: chance of leaving out the last block's branch in training; earlier ones less.
     Input (N, in_channels, H, W), output (N, num_classes) logits.
     """
 
@@ -139,8 +150,10 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         in_channels: int = 3,
         zero_init_residual: bool = False,
+        stochastic_depth: float = 0.0,
     ):
         super().__init__()
+        rates = iter(stochastic_depth_rates(stochastic_depth, sum(depths)))
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -154,9 +167,9 @@ class ResNet(nn.Module):
                 downsample = nn.Sequential(
                     conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
                 )
-            first = block(in_channels, channels, stride, downsample, groups, width_per_group)
+            first = block(in_channels, channels, stride, downsample, groups, width_per_group, next(rates))
             rest = [
-                block(out_channels, channels, groups=groups, width_per_group=width_per_group)
+                block(out_channels, channels, 1, None, groups, width_per_group, next(rates))
                 for _ in range(depths[index] - 1)
             ]
             return nn.Sequential(first, *rest)
@@ -182,19 +195,32 @@ class ResNet(nn.Module):
                     last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
                     nn.init.zeros_(last.weight)
 
-    def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The maps after each of the four stages, the largest first."""
+    def stages(self, x: Tensor, skip: float | Collection[int] = ()) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The maps after each of the four stages, the largest first. skip: see ``forward``."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        first = self.layer1(x)
-        second = self.layer2(first)
-        third = self.layer3(second)
-        return first, second, third, self.layer4(third)
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        blocks = [block for stage in stages for block in stage]
+        optional = [i for i, block in enumerate(blocks) if block.downsample is None]
+        left_out = {blocks[i] for i in blocks_to_skip(skip, len(blocks), optional=optional)}
+        maps = []
+        for stage in stages:
+            x = _without(stage, left_out, x) if left_out else stage(x)
+            maps.append(x)
+        return tuple(maps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: float | Collection[int] = ()) -> Tensor:
+        """skip: blocks to leave out in this call, counted through all stages: indices, or a share of them."""
         check_images(self, x)
-        x = self.stages(x)[-1]
+        x = self.stages(x, skip)[-1]
         x = self.avgpool(x).flatten(1)
         return self.fc(x)
+
+
+def _without(stage: nn.Sequential, left_out: set[nn.Module], x: Tensor) -> Tensor:
+    for block in stage:
+        if block not in left_out:
+            x = block(x)
+    return x
 
 
 @register_model()

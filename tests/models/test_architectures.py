@@ -10,11 +10,26 @@ from fastnets.models import create_model, input_size, list_models, load_weights
 PARAMETERS = {
     "alexnet": 61_100_840,
     "alexnet_2012": 60_965_224,
+    "convnext_base": 88_591_464,
+    "convnext_large": 197_767_336,
+    "convnext_small": 50_223_688,
+    "convnext_tiny": 28_589_128,
+    "convnext_xlarge": 350_196_968,
     "densenet121": 7_978_856,
     "densenet161": 28_681_000,
     "densenet169": 14_149_480,
     "densenet201": 20_013_928,
     "dinov2_s_14": 22_056_192,
+    "efficientnet_b0": 5_288_548,
+    "efficientnet_b1": 7_794_184,
+    "efficientnet_b2": 9_109_994,
+    "efficientnet_b3": 12_233_232,
+    "efficientnet_b4": 19_341_616,
+    "efficientnet_b5": 30_389_784,
+    "efficientnet_b6": 43_040_704,
+    "efficientnet_b7": 66_347_960,
+    "efficientnet_lite0": 4_652_008,
+    "efficientnet_v2_s": 21_458_488,
     "googlenet": 6_624_904,
     "googlenet_2014": 6_998_552,
     "inception_v3": 23_834_568,
@@ -65,7 +80,12 @@ PARAMETERS = {
 # Nobody else's keys; test_transformers.py has the Transformers' own.
 OWN_KEYS = ("lenet", "alexnet_2012", "googlenet_2014", "nin", "vit", "dinov2")
 WITH_STOCK_KEYS = [name for name in PARAMETERS if not name.startswith(OWN_KEYS)]
-TIMM = {"mobilenet_v1": "mobilenetv1_100"}  # what timm calls those whose keys are its own
+# What timm calls those whose keys are its own.
+TIMM = {
+    "convnext_xlarge": "convnext_xlarge",
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+    "mobilenet_v1": "mobilenetv1_100",
+}
 
 
 def on_meta(name, **options):
@@ -227,7 +247,20 @@ def test_network_in_network(name, size):
 
 
 @pytest.mark.parametrize(
-    "name", ["alexnet_2012", "lenet5", "lenet5_1998", "mobilenet_v2", "nin", "resnet18", "vgg11"]
+    "name",
+    [
+        "alexnet_2012",
+        "lenet5",
+        "lenet5_1998",
+        "mobilenet_v2",
+        "nin",
+        "resnet18",
+        "vgg11",
+        "densenet121",
+        "efficientnet_lite0",
+        "googlenet",
+        "shufflenet_v2_x0_5",
+    ],
 )
 def test_networks_can_be_traced(name):
     model = on_meta(name).eval()
@@ -235,6 +268,9 @@ def test_networks_can_be_traced(name):
     size = input_size(name)
     x = torch.empty(2, *size, device="meta")
     assert traced(x).shape == model(x).shape == (2, 10 if name.startswith("lenet") else 1000)
+    if name.startswith("resnet"):
+        with pytest.raises(ValueError, match="a traced network runs all its blocks"):
+            traced(x, skip=(1,))
     if name.startswith("lenet"):  # the traced network still names a wrong size
         with pytest.raises(ValueError, match="give images of"):
             traced(torch.empty(2, *size, device="meta").repeat(1, 1, 2, 2))

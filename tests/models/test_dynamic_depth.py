@@ -130,3 +130,51 @@ def test_vit_drops_branches_while_training(small_vit):
     finally:
         small_vit.eval()
     assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_resnet_without_some_blocks_is_the_network_of_the_others():
+    deep = create_model("resnet34", num_classes=5).eval()
+    kept = create_model("resnet18", num_classes=5).eval()
+    # ResNet-34 has 3, 4, 6 and 3 blocks; without these it has ResNet-18's 2 each, the first ones.
+    skip = (2, 5, 6, 9, 10, 11, 12, 15)
+    kept.load_state_dict({key: value for key, value in deep.state_dict().items() if key in kept.state_dict()})
+    x = torch.randn(2, 3, 40, 33)
+    assert torch.equal(deep(x, skip=skip), kept(x))
+    assert not torch.equal(deep(x), kept(x))
+    fused = fastnets.optimize(deep)
+    torch.testing.assert_close(fused(x, skip=skip), deep(x, skip=skip), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused(x), deep(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"block 3 changes the shape of its input.*blocks 0, 1, 2, 4, 5"):
+        deep(x, skip=(3,))
+
+
+def test_half_of_a_resnets_blocks_can_be_skipped():
+    with torch.device("meta"):
+        model = create_model("resnet50").eval()
+    ran = []
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for block in stage:
+            block.register_forward_hook(lambda *_: ran.append(1))
+    model(torch.empty(1, 3, 32, 32, device="meta"), skip=0.5)
+    assert len(ran) == 8
+
+
+def test_resnet_drops_branches_while_training():
+    model = create_model("resnet18", num_classes=3, stochastic_depth=0.5)
+    blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
+    rates = [getattr(block.drop_branch, "probability", 0) for block in blocks]
+    assert rates == stochastic_depth_rates(0.5, 8)
+    x = torch.randn(8, 3, 32, 32)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("name, share", [("convnext_tiny", 0.1), ("efficientnet_b0", 0.2)])
+def test_image_networks_have_their_papers_rates(name, share):
+    with torch.device("meta"):
+        layers = [m for m in create_model(name).modules() if isinstance(m, StochasticDepth)]
+    rates = [layer.probability for layer in layers]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(share if name.startswith("convnext") else share * 15 / 16)

@@ -11,10 +11,19 @@ from tests.models.test_architectures import on_meta, same_network_twice, stock_n
 slow = pytest.mark.slow
 # name, image size (height, width); of each family the smallest runs by default
 NETWORKS = [
+    ("convnext_tiny", (40, 33)),
+    pytest.param("convnext_small", (40, 33), marks=slow),
+    pytest.param("convnext_base", (40, 33), marks=slow),
+    pytest.param("convnext_large", (40, 33), marks=slow),
+    pytest.param("convnext_xlarge", (40, 33), marks=slow),
     ("densenet121", (40, 33)),
     pytest.param("densenet161", (40, 33), marks=slow),
     pytest.param("densenet169", (40, 33), marks=slow),
     pytest.param("densenet201", (40, 33), marks=slow),
+    ("efficientnet_b0", (40, 33)),
+    *(pytest.param(f"efficientnet_b{i}", (40, 33), marks=slow) for i in range(1, 8)),
+    pytest.param("efficientnet_v2_s", (40, 33), marks=slow),
+    ("efficientnet_lite0", (40, 33)),
     ("googlenet", (47, 33)),
     ("inception_v3", (75, 80)),
     ("mnasnet0_5", (40, 33)),
@@ -208,6 +217,8 @@ class TestPyramid:
 LEAST = {
     "alexnet": (63, "features.12"),
     "alexnet_2012": (227, "classifier.1"),
+    "convnext_tiny": (32, "features.6.1"),
+    "convnext_xlarge": (32, "stages.3.downsample.1"),
     "densenet121": (29, "features.transition3.pool"),
     "googlenet": (15, "maxpool3"),
     "googlenet_2014": (31, "maxpool4"),
@@ -255,8 +266,13 @@ class TestImages:
         with pytest.raises(ValueError, match=r"got 3 dimensions .*unsqueeze\(0\) makes a batch of one"):
             model(torch.empty(3, 64, 64, device="meta"))
 
-    @pytest.mark.parametrize("name", ["mnasnet0_5", "mobilenet_v1", "mobilenet_v3_small", "regnet_y_400mf",
-                                      "shufflenet_v2_x0_5", "resnet18_fpn"])  # fmt: skip
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("mnasnet0_5", "mobilenet_v1", "mobilenet_v3_small", "regnet_y_400mf", "resnet18_fpn"),
+            *("efficientnet_b0", "efficientnet_lite0", "shufflenet_v2_x0_5"),
+        ],
+    )
     def test_one_pixel_will_do_for_most(self, name):
         outputs_of(on_meta(name).eval(), torch.empty(2, 3, 1, 1, device="meta"))
 
