@@ -20,6 +20,7 @@ from fastnets.fused.layer_norm import (
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
 from fastnets.fused.linear import LinearAct, linear_act
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
+from fastnets.fused.response_norm import LocalResponseNorm, local_response_norm
 from fastnets.fused.rope import apply_rope
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "InstanceNormAct",
     "LayerNorm",
     "LinearAct",
+    "LocalResponseNorm",
     "MaxPool2d",
     "RMSNorm",
     "StochasticDepth",
@@ -53,6 +55,7 @@ __all__ = [
     "group_norm_act",
     "layer_norm",
     "linear_act",
+    "local_response_norm",
     "rms_norm",
     "stochastic_depth",
 ]

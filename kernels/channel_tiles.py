@@ -38,6 +38,7 @@ __all__ = [
     "reduction_config",
     "reduction_configs",
     "share_of_program",
+    "small_pass_configs",
     "statistic_index",
     "step_index",
     "step_offsets",
@@ -251,15 +252,27 @@ def pass_configs() -> list[Config]:
     return [_config(block) for block in (*_PASS_BLOCKS, *_SMALL_PASS_BLOCKS)]
 
 
+def small_pass_configs() -> list[Config]:
+    """Those of ``pass_configs`` for kernels that hold many values for each element: 8 elements a thread."""
+    return [_config(block) for block in _SMALL_PASS_BLOCKS]
+
+
 def reduction_configs() -> list[Config]:
     """Every config of ``reduction_config``."""
     return [_config(block) for block in _REDUCTION_BLOCKS]
 
 
-def pass_config(of: ChannelTiles, x: torch.Tensor, config: Config | None = None) -> Config:
-    """The config of a kernel that visits each element once, one step a program; or the one given."""
+def pass_config(
+    of: ChannelTiles, x: torch.Tensor, config: Config | None = None, small: bool = False
+) -> Config:
+    """The config of a kernel that visits each element once, one step a program; or the one given.
+
+    small: of ``small_pass_configs``.
+    """
     if config is not None:
-        return _one_of(pass_configs(), config)
+        return _one_of(small_pass_configs() if small else pass_configs(), config)
+    if small:
+        return _config(_pick(of, _SMALL_PASS_BLOCKS))
     return _pass_config(of, current_device(x).multiprocessors)
 
 
