@@ -17,8 +17,8 @@ image. A 1×1 filter drops even these.
 programs share the columns of each, and their fp32 partial sums are added here, always in the same order.
 
 Groups that are wide enough for a tile run here too, each in its own grid column. ``conv_bn_act`` sends the
-rest where it belongs: few channels to ``conv_joint``, narrow groups to ``conv_grouped``, depthwise filters to
-``depthwise``. How a tile begins and ends, epilogue included, is in ``conv_tile``.
+rest where it belongs: few channels to ``conv_joint`` or, where windows touch and do not overlap, to
+``patch_embedding``, narrow groups to ``conv_grouped``, depthwise filters to ``depthwise``. How a tile begins and ends, epilogue included, is in ``conv_tile``.
 """
 
 from __future__ import annotations
@@ -291,7 +291,11 @@ def conv_bn_act(
     kernel = kernel_of(call.shape)
     if kernel == "joint":
         from fastnets.kernels.conv_joint import joint_conv
+        from fastnets.kernels.patch_embedding import patch_embedding
+        from fastnets.kernels.patch_embedding import serves as are_patches
 
+        if are_patches(call):
+            return patch_embedding(call)
         return joint_conv(call)[0]
     if kernel == "packed":
         from fastnets.kernels.conv_grouped import packed_conv
