@@ -18,7 +18,8 @@ programs share the columns of each, and their fp32 partial sums are added here, 
 
 Groups that are wide enough for a tile run here too, each in its own grid column. ``conv_bn_act`` sends the
 rest where it belongs: few channels to ``conv_joint`` or, where windows touch and do not overlap, to
-``patch_embedding``, narrow groups to ``conv_grouped``, depthwise filters to ``depthwise``. How a tile begins and ends, epilogue included, is in ``conv_tile``.
+``patch_embedding``, narrow groups to ``conv_grouped``, depthwise filters to ``depthwise``. How a tile begins
+and ends, epilogue included, is in ``conv_tile``.
 """
 
 from __future__ import annotations

@@ -11,18 +11,16 @@ of tiles and no other. The result [N, P, Q, K] is the sequence of tokens [N, P·
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from fastnets.kernels.conv_configs import JOINT_CHANNELS, representative, table_configs
-from fastnets.kernels.conv_shape import ConvCall, ConvPlan, ceil_div, vector_width
+from fastnets.kernels.conv_configs import JOINT_CHANNELS, table_configs
+from fastnets.kernels.conv_shape import ConvCall, ConvPlan, ceil_div, conv_call, vector_width
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
-from fastnets.kernels.linear_configs import choose_config, suits
+from fastnets.kernels.linear_configs import check_pairing, choose_config, suits
 
 __all__ = ["configs", "patch_embedding", "representative_calls", "serves"]
 
@@ -170,13 +168,25 @@ def configs(device: Device) -> list[Config]:
 
 def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors that reach every branch of this file's kernel: see ``kernels``."""
-    image, contiguous = (32, 3, 224, 224), torch.contiguous_format
-    call = functools.partial(representative, run=patch_embedding, kernel="linear", activation="none")
+
+    def call(name, K, size, dtype=torch.float16, layout=torch.contiguous_format):
+        def thunk(config: Config | None = None):
+            check_pairing(config, dtype, "tile")
+            x, weight = (
+                torch.empty(sizes, dtype=dtype, device="meta", memory_format=layout)
+                for sizes in ((32, 3, 224, 224), (K, 3, size, size))
+            )
+            bias = torch.empty(K, device="meta")
+            geometry = ((size, size), (0, 0), (1, 1), 1)
+            vectors = (bias, None, None, None, None)
+            return patch_embedding(conv_call(x, weight, vectors, None, *geometry, 0.0, "none", 0.0, config))
+
+        return RepresentativeCall(name, thunk)
+
     return [
-        call("ViT", x=image, filters=(768, 16, 16), stride=16, memory_format=contiguous),
-        call("ViT, channels-last, bf16", x=image, filters=(768, 16, 16), stride=16, dtype=torch.bfloat16),
-        call("ViT, fp32", x=image, filters=(768, 16, 16), stride=16, dtype=torch.float32,
-             memory_format=contiguous),
-        call("Swin", x=image, filters=(96, 4, 4), stride=4, memory_format=contiguous),
-        call("14×14", x=image, filters=(384, 14, 14), stride=14, memory_format=contiguous),
-    ]  # fmt: skip
+        call("ViT", 768, 16),
+        call("ViT, channels-last, bf16", 768, 16, torch.bfloat16, torch.channels_last),
+        call("ViT, fp32", 768, 16, torch.float32),
+        call("Swin", 96, 4),
+        call("14×14", 384, 14),
+    ]
