@@ -7,6 +7,9 @@ time, since one thread never waits, and another process on the core then does no
 ``--cuda-path`` measures calls that launch our kernels. Where there is a GPU they are launched; elsewhere a
 Triton driver stands in that compiles for sm_90 and launches nothing, so that all is counted but the driver's
 own launch. The convolution beside it is then the CPU's, and says little.
+
+``--network NAME`` is a whole optimized forward on that path, of few and small images, with what stays stock
+in it on the CPU where there is no GPU.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fastnets.bench.networks import load
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import bn_add_act_inference
 from fastnets.fused.conv import call_conv_bn_act
 from fastnets.fused.measure import Comparison, measure
+from fastnets.fused.optimize import optimize
+from fastnets.kernels.launch import observe_launches
 
 CHANNELS, PIXELS = 8, 4
 
@@ -77,6 +83,26 @@ def measure_cuda_path(rounds: int = 30) -> Comparison:
         return measure(variants, rounds=rounds, threads=1)
 
 
+def measure_network(name: str, rounds: int = 20) -> tuple[list[float], int]:
+    """Seconds of host time of forwards of an optimized network all on our kernels, and their launches."""
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
+    network = load(name)
+    stock = network.model.to(device, dtype, memory_format=torch.channels_last).eval()
+    size = min(64, network.input_shape[1])
+    x = torch.randn(2, network.input_shape[0], size, size, device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    fast = optimize(stock, inplace=True, backend="triton")
+    launches = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if device == "cpu":
+            stack.enter_context(dry_launches())
+        with observe_launches(launches.append):
+            fast(x)
+        comparison = measure({"fused": lambda: fast(x)}, rounds=rounds, threads=1)
+    return comparison.samples["fused"].cpu, len(launches)
+
+
 @contextlib.contextmanager
 def dry_launches(launched: list | None = None) -> Iterator[None]:
     """Launches inside specialise, compile for sm_90 and end there; their arguments go to ``launched``."""
@@ -116,6 +142,17 @@ def dry_launches(launched: list | None = None) -> Iterator[None]:
         driver._active = before
 
 
+def network_table(name: str) -> Table:
+    """Microseconds of host time per forward, median and least."""
+    seconds, launches = measure_network(name)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: nothing is launched"
+    table = Table(where, "launches of ours", "median, µs of the host", "least", "median per launch")
+    median = statistics.median(seconds) * 1e6
+    times = (f"{median:.0f}", f"{min(seconds) * 1e6:.0f}", f"{median / launches:.1f}")
+    table.add_row(name, str(launches), *times)
+    return table
+
+
 def overhead(comparison: Comparison, name: str = "fused") -> float:
     """Microseconds that a call of ``name`` takes beyond the convolution alone: the median over rounds."""
     pairs = zip(comparison.samples[name].cpu, comparison.samples["convolution"].cpu)
@@ -148,8 +185,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cuda-path", action="store_true", help="calls that launch our kernels")
+    parser.add_argument("--network", metavar="NAME", help="whole forwards, all on our kernels")
     arguments = parser.parse_args()
-    Console().print(cuda_table() if arguments.cuda_path else cpu_table())
+    if arguments.network:
+        Console().print(network_table(arguments.network))
+    else:
+        Console().print(cuda_table() if arguments.cuda_path else cpu_table())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ and rewritten networks make.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,20 +86,24 @@ def _reference(x: Tensor, weights: Weights, residual: Tensor | None, options: Op
     return onednn.channels_last(epilogue(y, None, *bn, residual, *options[4:]))
 
 
-def _triton(x: Tensor, weights: Weights, residual: Tensor | None, options: Options) -> Tensor:
+def _triton(
+    x, weight, bias, mean, var, bn_weight, bn_bias, residual,
+    stride, padding, dilation, groups, eps, activation, negative_slope,
+) -> Tensor:  # fmt: skip
     from fastnets.kernels.conv import conv_bn_act as launch
 
-    weight, bias, *bn = weights
-    stride, padding, dilation, groups, eps, activation, negative_slope = options
     return launch(
         x,
         weight if weight.dtype == x.dtype else weight.to(x.dtype),
         bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype),
-        *bn,
+        mean,
+        var,
+        bn_weight,
+        bn_bias,
         residual,
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
         groups=groups,
         eps=eps,
         activation=activation,
@@ -106,11 +111,9 @@ def _triton(x: Tensor, weights: Weights, residual: Tensor | None, options: Optio
     )
 
 
-def _convolution_then_epilogue(
-    x: Tensor, weights: Weights, residual: Tensor | None, options: Options
-) -> Tensor:
+def _convolution_then_epilogue(tensors: tuple[Tensor | None, ...], options: Options) -> Tensor:
     """The vendor's convolution, then scale, shift, residual and activation in one pass of ours."""
-    weight, bias, *bn = weights
+    x, weight, bias, *bn, residual = tensors
     x, weight = x.contiguous(memory_format=torch.channels_last), weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if bn[0] is None and residual is None and options.activation == "none":
@@ -192,50 +195,70 @@ def _body(
     x, weight, bias, mean, var, bn_weight, bn_bias, residual,
     stride, padding, dilation, groups, eps, activation, negative_slope, backend, in_place=False,
 ):  # fmt: skip
-    # All batches share what is prepared, except one image (PyTorch may prefer other algorithms) and none.
-    batch = min(len(x), 2) if x.dim() else 0
-    added = residual is not None and (residual.shape[1:], residual.dtype, len(residual) == len(x))
-    wanted = _preferred(x, weight, stride, dilation, groups, activation, added is not False, backend)
-    key = (
-        batch, x.shape[1:], x.dtype, x.device, added, *stride, *padding, *dilation, groups,
-        eps, activation, negative_slope, backend, wanted,
-        torch._C._get_mkldnn_enabled(), x.is_meta and dispatch.device_type_of(x),
-    )  # fmt: skip
-    prepared = packing.lookup(weight, key, (bias, mean, var, bn_weight, bn_bias))
-    if prepared is not None and prepared.run is not None:
-        return prepared.run(x, residual, in_place)
+    options = Options(tuple(stride), tuple(padding), tuple(dilation), groups, eps, activation, negative_slope)
+    vectors = (bias, mean, var, bn_weight, bn_bias)
+    wanted = _preferred(x, weight, stride, dilation, groups, activation, residual is not None, backend)
+    if packing.keeps(weight):
+        key = _folding_key(x, residual, options, backend, wanted)
+        prepared = packing.lookup(weight, key, vectors)
+        if prepared is not None and prepared.run is not None:
+            return prepared.run(x, residual, in_place)
+        if prepared is not None:
+            return _reference(x, Weights(weight, *vectors), residual, options)
 
-    weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
-    options = Options(stride, padding, dilation, groups, eps, activation, negative_slope)
-    absent = (bias is None, mean is None, var is None, bn_weight is None, bn_bias is None)
-    like = (*key, len(x) > 0, weight.shape, weight.dtype, weight.device, *absent)
-    implementation = _checked.get(like)
-    if implementation is None:
-        shape = _validate(x, weights, residual, options)
-        implementation = choose(x, weight, groups, activation, backend, wanted)
-        if implementation == "reference" or x.numel() == 0 or prepared is not None:
-            return _reference(x, weights, residual, options)
-        if implementation in _CALLS:
-            if len(_checked) >= _CHECKED:
-                _checked.clear()
-            _checked[like] = implementation
-    call = _CALLS.get(implementation)
+    tensors = (x, weight, *vectors, residual)
+    kind = dispatch.kind_of(tensors, (*options, backend, wanted, _assumed_device(x)))
+    call = _calls.get(kind)
     if call is not None:
-        return call(x, weights, residual, options)
+        return call(tensors)
+    weights = Weights(weight, *vectors)
+    shape = _validate(x, weights, residual, options)
+    implementation = choose(x, weight, groups, activation, backend, wanted)
+    if implementation == "reference" or x.numel() == 0:
+        return _reference(x, weights, residual, options)
+    if implementation in _CALLS:
+        if len(_calls) >= dispatch.KINDS:
+            _calls.clear()
+        call = _calls[kind] = _CALLS[implementation](options)
+        return call(tensors)
     keep = packing.may_keep(weights)
     run = None
     if keep or _folding_pays(shape, weight):
         prepare = onednn.prepare_convolution if implementation == "onednn" else cudnn.prepare_convolution
         run = _prepare(prepare, x, weights, residual, options, keep)
     if keep:
-        packing.keep(weight, packing.Prepared(key, run, weight, weights[1:]))
+        key = _folding_key(x, residual, options, backend, wanted)
+        packing.keep(weight, packing.Prepared(key, run, weight, vectors))
     return run(x, residual) if run is not None else _reference(x, weights, residual, options)
 
 
-# These check the layer's vectors themselves, so that a call like one that was checked is checked no more.
-_CALLS = {"triton": _triton, "cudnn+epilogue": _convolution_then_epilogue}
-_CHECKED = 4096
-_checked: dict[tuple, str] = {}
+def _folding_key(x: Tensor, residual: Tensor | None, options: Options, backend: str, wanted: str) -> tuple:
+    """What folded and packed weights depend on besides the weights. All batches share them, except one image
+    (PyTorch may prefer other algorithms) and none."""
+    batch = min(len(x), 2) if x.dim() else 0
+    added = residual is not None and (residual.shape[1:], residual.dtype, len(residual) == len(x))
+    return (
+        batch, x.shape[1:], x.dtype, x.device, added, options, backend, wanted,
+        torch._C._get_mkldnn_enabled(), _assumed_device(x),
+    )  # fmt: skip
+
+
+def _assumed_device(x: Tensor) -> str | None:
+    return dispatch.device_type_of(x) if x.is_meta else None
+
+
+def _replayed(options: Options) -> Callable[[tuple], Tensor]:
+    from fastnets.kernels.replay import Replayed
+
+    return Replayed(_triton, options)
+
+
+# By implementation: what makes a call for all tensors of one kind.
+_CALLS = {
+    "triton": _replayed,
+    "cudnn+epilogue": lambda options: functools.partial(_convolution_then_epilogue, options=options),
+}
+_calls: dict[tuple, Callable[[tuple], Tensor]] = {}
 
 
 def _folding_pays(shape: tuple, weight: Tensor) -> bool:

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("auto", "triton", "library", "reference")
 OUR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what our kernels take
+KINDS = 4096  # of calls that an op remembers; beyond that all are decided anew
 UNFOLDED = "unfolded"  # "auto" without what folds or packs weights: ``optimize(mode="training")``
 UNMEASURED = "unmeasured"  # "auto" by the heuristics alone: ``optimize(select="shipped")``
 
@@ -281,6 +282,51 @@ def leaves_to_stock(x: Tensor, backend: str) -> bool:
     if device_type_of(x) == "cuda":
         return False
     return (backend if torch.compiler.is_compiling() else requested(backend)) == "auto"
+
+
+def kind_of(tensors: Sequence[Tensor | None], options: tuple) -> tuple:
+    """All that a launcher may decide by: sizes, strides, dtypes and devices, options, and global switches."""
+    kind = [*options]
+    for t in tensors:
+        if t is None:
+            kind.append(None)
+        else:
+            dtype = t.dtype
+            kind += (t.shape, t.stride(), dtype, t.get_device())
+            if dtype is torch.float32 and t is tensors[0]:
+                backends = torch.backends
+                kind += (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision)
+    return tuple(kind)
+
+
+def replays(tensors: int) -> Callable[[Callable], Callable]:
+    """Decorates a function of so many tensors, then options, the backend last, which launches our kernels:
+    from the third call of a kind on its launches are repeated, see ``kernels.replay``."""
+
+    def decorate(function: Callable) -> Callable:
+        kinds: dict[tuple, Callable] = {}
+
+        @functools.wraps(function)
+        def run(*arguments):
+            operands, options = arguments[:tensors], arguments[tensors:]
+            wanted = requested(options[-1])
+            x = operands[0]
+            if (x.is_cuda if wanted == "auto" else wanted == "triton") and not x.is_meta:
+                options = tuple([tuple(o) if o.__class__ is list else o for o in options])
+                kind = kind_of(operands, (*options, wanted))
+                replayed = kinds.get(kind)
+                if replayed is None:
+                    from fastnets.kernels.replay import Replayed
+
+                    if len(kinds) >= KINDS:
+                        kinds.clear()
+                    replayed = kinds[kind] = Replayed(function, options)
+                return replayed(operands)
+            return function(*arguments)
+
+        return run
+
+    return decorate
 
 
 def _in_range(name: str, body: Callable) -> Callable:

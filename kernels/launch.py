@@ -193,22 +193,38 @@ def launch(
         for observer in _observers:
             observer(record)
     anchor = writes[0]
+    recorder = recorders.active
     if anchor.is_meta or isinstance(anchor, FakeTensor):
+        if recorder is not None:
+            recorder.cannot_replay()
         return
     if anchor.is_cuda:
         index = anchor.get_device()
         if index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 _run(kernel, grid, args, config, constexprs)
+            if recorder is not None:
+                recorder.cannot_replay()
             return
     elif isinstance(kernel, JITFunction):
         _require_driver_for(anchor, kernel)
-    if _observers:
+    if _observers or recorder is not None:
         # An interpreter or emulator moves tensors by PyTorch ops, which a counting mode is not to see.
         with _disable_current_modes():
-            _run(kernel, grid, args, config, constexprs)
+            compiled = _run(kernel, grid, args, config, constexprs)
+        if recorder is not None:
+            recorder.launched(compiled, grid, args)
         return
     _run(kernel, grid, args, config, constexprs)
+
+
+class Recorders(threading.local):
+    """Who wants to know what this thread launches, compiled: see ``replay``."""
+
+    active: Any = None
+
+
+recorders = Recorders()
 
 
 # --- launching what is compiled already ---------------------------------------------------------------------
@@ -236,15 +252,29 @@ class _Compiled:
 _compiled = _Compiled(None)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], args: tuple, config: Config, constexprs: dict) -> None:
-    """``kernel[grid](*args, **config.meta, **constexprs, **config.options)``, past the binder where known."""
+def kernels_of_driver() -> _Compiled:
+    """What was compiled for the driver that is active now."""
     global _compiled
-    key = None
+    compiled, active = _compiled, driver.active
+    if compiled.driver is not active:
+        compiled = _compiled = _Compiled(active)
+    return compiled
+
+
+def is_watched() -> bool:
+    """Whether anybody is to be told of each launch: an observer, or a profiler's hook."""
+    return bool(_observers) or _launch_is_hooked()
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple, config: Config, constexprs: dict) -> tuple | None:
+    """``kernel[grid](*args, **config.meta, **constexprs, **config.options)``, past the binder where known.
+
+    Returns what is kept of the compiled kernel, None where nothing is.
+    """
+    key = found = None
     if kernel.__class__ is JITFunction and not kernel.pre_run_hooks and not _launch_is_hooked():
-        compiled = _compiled
-        active = driver.active
-        if compiled.driver is not active:
-            compiled = _compiled = _Compiled(active)
+        compiled = kernels_of_driver()
+        active = compiled.driver
         signature = _signature(args) if compiled.specialises_as_cuda else None
         if signature is not None:
             device = active.get_current_device()
@@ -259,7 +289,7 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple, config: Config, conste
                 x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
                 stream = active.get_current_stream(device)
                 run(x, y, z, stream, function, packed_metadata, None, None, None, *args, *constants)
-                return
+                return found
     result = kernel[grid](*args, **config.meta, **constexprs, **config.options)
     if key is not None and isinstance(result, CompiledKernel):
         if len(compiled.kernels) >= _KEPT:
@@ -270,9 +300,10 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple, config: Config, conste
         if compiled.takes_addresses:
             pointers = tuple([i for i, a in enumerate(args) if isinstance(a, Tensor)])
         # The kernel is kept with the rest, so that its id stays its own.
-        compiled.kernels[key] = (
+        found = compiled.kernels[key] = (
             result.run, result.function, result.packed_metadata, pointers, constants, kernel
         )  # fmt: skip
+    return found
 
 
 def _signature(args: tuple) -> tuple | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastnets.bench.host_cost import dry_launches, measure_cuda_path
+from fastnets.bench.host_cost import dry_launches, measure_cuda_path, measure_network
 from fastnets.kernels import launch as launching
 from fastnets.kernels.batch_norm import bn_add_act
 from tests.lanes import ptxsim_unavailable
@@ -34,3 +34,10 @@ def test_launches_again_take_addresses_from_a_driver_for_cuda(monkeypatch):
     assert bound[0] is x
     assert direct[:3] == (x.data_ptr(), y.data_ptr(), x.data_ptr())
     assert bound[3:] == direct[3:]
+
+
+@COMPILES
+def test_a_whole_network_is_measured_on_the_path_that_launches():
+    seconds, launches = measure_network("fastnets:lenet5", rounds=2)
+    assert launches >= 2
+    assert 0 < min(seconds) < 1e-2

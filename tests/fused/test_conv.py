@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastnets import fused
-from fastnets.fused import dispatch, packing
+from fastnets.fused import conv, dispatch, packing
 from fastnets.fused.activation import ACTIVATIONS
 from fastnets.fused.conv import call_conv_bn_act, implementation_of
 from tests.accuracy import assert_close_to, assert_exact, integers
@@ -112,6 +112,21 @@ def test_triton_serves_the_op(lane, geometry, dtype):
         y = fused.conv_bn_act(**placed, **options, activation="silu", backend="triton")
     reference64 = stock(tensors, options, "silu", dtype=torch.float64)
     assert_close_to(reference64, stock(tensors, options, "silu"), y)
+
+
+@pytest.mark.lanes("sm_80", "gpu")
+@pytest.mark.parametrize("geometry", ["plain", "depthwise"])
+def test_calls_of_one_kind_repeat_their_launches_on_other_tensors(lane, geometry):
+    with lane, torch.no_grad():
+        for _ in range(4):
+            tensors, options = arguments(geometry, draw=integers, bias=False, residual=True)
+            tensors["running_var"] = torch.full_like(tensors["running_var"], 0.25)  # scale 2 with eps=0
+            placed = {k: lane.put(t) for k, t in tensors.items()}
+            for activation in ("relu", "none"):
+                y = fused.conv_bn_act(**placed, **options, activation=activation, backend="triton", eps=0.0)
+                assert_exact(stock(tensors, options, activation, eps=0.0, dtype=torch.float64), y.cpu())
+    replayed = [call for call in conv._calls.values() if getattr(call, "program", None)]
+    assert len(replayed) >= 2
 
 
 @pytest.mark.parametrize("backend", ["library", "reference"])
