@@ -38,6 +38,6 @@ def test_launches_again_take_addresses_from_a_driver_for_cuda(monkeypatch):
 
 @COMPILES
 def test_a_whole_network_is_measured_on_the_path_that_launches():
-    seconds, launches = measure_network("fastnets:lenet5", rounds=2)
-    assert launches >= 2
+    seconds, launches = measure_network("lenet5", rounds=2)
+    assert launches > 0
     assert 0 < min(seconds) < 1e-2
