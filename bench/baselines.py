@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class Variant:
     prepare: Callable[[nn.Module, torch.Tensor], Prepared]
     ours: bool = False
     trains: bool = True  # whether gradients can flow through what ``prepare`` returns
+    replays: bool = True  # whether it is timed replayed from a CUDA graph, too; False where it replays itself
 
 
 def lay_out(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
@@ -79,13 +81,41 @@ def _compile_reduce_overhead(model: nn.Module, x: torch.Tensor) -> Prepared:
     return _compile(model, x, mode="reduce-overhead")
 
 
+def _compile_max_autotune(model: nn.Module, x: torch.Tensor) -> Prepared:
+    if x.device.type != "cuda":
+        raise Unavailable("it searches among GPU kernels and needs a CUDA device")
+    return _compile(model, x, mode="max-autotune-no-cudagraphs")
+
+
+def _tensorrt(model: nn.Module, x: torch.Tensor) -> Prepared:
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        raise Unavailable("torch_tensorrt is not installed")
+    if x.device.type != "cuda":
+        raise Unavailable("TensorRT needs a CUDA device")
+    import torch_tensorrt
+
+    compiled = torch_tensorrt.compile(copy.deepcopy(model), inputs=[x], enabled_precisions={x.dtype})
+    return compiled, x
+
+
+def _fastnets_measured(model: nn.Module, x: torch.Tensor) -> Prepared:
+    import fastnets
+
+    laid_out, images = lay_out(copy.deepcopy(model), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where stock is kept, it is timed as stock
+        return fastnets.optimize(laid_out, images, select="measure", inplace=True), images
+
+
 def _fastnets(backend: str) -> Callable[[nn.Module, torch.Tensor], Prepared]:
     def prepare(model: nn.Module, x: torch.Tensor) -> Prepared:
         import fastnets
 
         if backend == "triton" and x.device.type != "cuda":
             raise Unavailable("Triton kernels run natively on a CUDA device only")
-        return lay_out(fastnets.optimize(model, backend=backend), x)  # optimize() has copied
+        return lay_out(
+            fastnets.optimize(model, backend=backend, select="shipped"), x
+        )  # optimize() has copied
 
     return prepare
 
@@ -130,10 +160,18 @@ VARIANTS: dict[str, Variant] = {
         Variant("channels-last", "stock, weights and input channels-last", _channels_last),
         Variant("folded", "batch norm folded by torch.fx, channels-last", _fold, trains=False),
         Variant("compile", "torch.compile, channels-last (frozen weights on CPU)", _compile),
-        Variant("compile-graphs", "torch.compile with CUDA graphs, channels-last", _compile_reduce_overhead),
+        Variant("compile-max-autotune", "torch.compile, max-autotune, channels-last", _compile_max_autotune),
+        Variant(
+            "compile-graphs",
+            "torch.compile with CUDA graphs, channels-last",
+            _compile_reduce_overhead,
+            replays=False,
+        ),
+        Variant("tensorrt", "TensorRT by torch_tensorrt", _tensorrt, trains=False),
         Variant("onnxruntime", "ONNX Runtime on the CPU", _onnxruntime, trains=False),
         Variant("openvino", "OpenVINO on the CPU, float32", _openvino, trains=False),
-        Variant("fastnets", "fastnets.optimize, its own choice of implementations", _fastnets("auto"), True),
+        Variant("fastnets", "fastnets.optimize, implementations by its heuristics", _fastnets("auto"), True),
+        Variant("fastnets-measured", "fastnets, implementations by measurement", _fastnets_measured, True),
         Variant("fastnets-library", "fastnets, the vendor's fused calls only", _fastnets("library"), True),
         Variant("fastnets-triton", "fastnets, its Triton kernels only", _fastnets("triton"), True),
     )
@@ -143,14 +181,17 @@ VARIANTS: dict[str, Variant] = {
 BASELINE = "eager"
 
 
+QUICK = (BASELINE, "channels-last", "folded", "onnxruntime", "openvino", "fastnets")  # of ``--quick``
+
+
 def default_variants(device: torch.device | str, *, training: bool = False) -> list[str]:
-    """The variants a benchmark runs unless told otherwise."""
-    return [name for name in _worth_running(device) if VARIANTS[name].trains or not training]
-
-
-def _worth_running(device: torch.device | str) -> list[str]:
+    """The variants a benchmark runs unless told otherwise; those that are not installed say so in its table."""
+    on_gpu = torch.device(device).type == "cuda"
     names = [BASELINE, "channels-last", "folded", "compile"]
-    if torch.device(device).type == "cuda":
-        return [*names, "compile-graphs", "fastnets", "fastnets-library", "fastnets-triton"]
-    others = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name) is not None]
-    return [*names, *others, "fastnets"]
+    if on_gpu:
+        names += ["compile-max-autotune", "compile-graphs", "tensorrt", "fastnets", "fastnets-library"]
+        names += ["fastnets-triton", "fastnets-measured"]
+    else:
+        names += ["onnxruntime", "openvino", "fastnets"]
+        names += [] if training else ["fastnets-measured"]  # training on the CPU runs stock's layers
+    return [name for name in names if VARIANTS[name].trains or not training]

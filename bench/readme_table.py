@@ -9,25 +9,14 @@ wrote.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from fastnets.bench.report import SCHEMA, SCHEMA_VERSION
+from fastnets.bench.report import read_results
 
 START = "<!-- figures: made by `make readme-table`, do not edit -->"
 END = "<!-- figures: end -->"
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A result file of ``fastnets bench -o FILE.json``; ValueError where it is something else."""
-    content = json.loads(path.read_text())
-    if content.get("schema") != SCHEMA or content.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path}: not a {SCHEMA} file of version {SCHEMA_VERSION}; `fastnets bench -o` writes one"
-        )
-    return content
 
 
 def table(runs: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ folder that is not there.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import datetime
 import io
 import json
@@ -24,6 +25,24 @@ from fastnets.fused.measure import Ratio
 
 SCHEMA = "fastnets-bench"
 SCHEMA_VERSION = 1
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """A result file of ``fastnets bench -o FILE.json``; ValueError where it is something else."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error}); `fastnets bench -o FILE.json` writes it") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: is not a {SCHEMA} file; `fastnets bench -o FILE.json` writes one")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: has schema version {content.get('schema_version')!r}, and this fastnets reads "
+            f"{SCHEMA_VERSION}; run the benchmark again with this version"
+        )
+    return content
 
 
 class BadOutput(ValueError):
@@ -92,6 +111,17 @@ def speedup(result: Result, row: Row) -> Ratio | None:
     return result.comparison.ratio(row.variant, BASELINE)
 
 
+def clearly_under(run: Run, bound: float) -> list[str]:
+    """A line for each variant of ours whose whole interval of the ratio to eager lies under ``bound``."""
+    lines = []
+    for result in run.results:
+        for row in result.rows:
+            ratio = speedup(result, row) if row.ours else None
+            if ratio is not None and ratio.high < bound:
+                lines.append(f"{result.network}, {row.variant}: {ratio} of eager's speed, under {bound:g}")
+    return lines
+
+
 def _cells(result: Result, row: Row) -> list[str]:
     """One line of a table, in the order of ``HEADINGS``."""
     error = "" if row.error_ratio is None else f"{row.error_ratio:.2f}"
@@ -107,12 +137,13 @@ def _cells(result: Result, row: Row) -> list[str]:
         f"{low * 1e3:.2f}–{high * 1e3:.2f}",
         f"{result.input_shape[0] / samples.median:.1f}",
         "" if ratio is None else str(ratio),
+        "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
         f"{samples.cpu_share:.2f}",
         f"{row.ready_seconds:.1f}",
     ]
 
 
-WIDTH = 112  # of a terminal, in characters, that shows every column
+WIDTH = 122  # of a terminal, in characters, that shows every column
 HEADINGS = (
     "variant",
     "error ratio",  # against float64, of stock's own
@@ -120,6 +151,7 @@ HEADINGS = (
     "p20–p80 ms",
     "images/s",
     "vs eager [95 %]",
+    "peak MiB",  # of memory that one call takes, beyond what was held before it
     "CPU/wall",  # about the number of busy threads
     "ready s",  # from the stock network to the first answer
 )
@@ -197,6 +229,8 @@ def as_dict(run: Run) -> dict[str, Any]:
                 "training": result.training,
                 "coverage": result.coverage,
                 "implementations": result.implementations,
+                "notes": result.notes,
+                "breakdown": None if result.breakdown is None else dataclasses.asdict(result.breakdown),
                 "interrupted": bool(result.comparison and result.comparison.interrupted),
                 "variants": rows,
             }
@@ -219,7 +253,7 @@ def to_json(run: Run) -> bytes:
 CSV_COLUMNS = (
     *("network", "batch", "dtype", "device", "variant", "status", "note", "error_ratio"),
     *("median_ms", "p20_ms", "p80_ms", "images_per_second"),
-    *("ratio_to_eager", "ratio_low", "ratio_high", "ready_seconds"),
+    *("ratio_to_eager", "ratio_low", "ratio_high", "ready_seconds", "peak_bytes"),
 )
 
 
@@ -238,9 +272,9 @@ def to_csv(run: Run) -> bytes:
                 line += [samples.median * 1e3, *(t * 1e3 for t in samples.spread)]
                 line += [result.input_shape[0] / samples.median]
                 line += [None] * 3 if ratio is None else [ratio.value, ratio.low, ratio.high]
-                line += [row.ready_seconds]
+                line += [row.ready_seconds, row.peak_bytes]
             else:
-                line += [None] * 7 + [row.ready_seconds]
+                line += [None] * 7 + [row.ready_seconds, row.peak_bytes]
             writer.writerow(line)
     return text.getvalue().encode()
 

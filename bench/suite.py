@@ -8,18 +8,29 @@ of every gradient) is reported as wrong and not timed.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastnets.bench import baselines, environment, training
+from fastnets.bench.breakdown import Breakdown, break_down
 from fastnets.bench.networks import Network
-from fastnets.fused.measure import OUT_OF_MEMORY, Comparison, cpu_threads, is_out_of_memory, measure
+from fastnets.fused.measure import (
+    LAUNCHES,
+    OUT_OF_MEMORY,
+    Comparison,
+    cpu_threads,
+    is_out_of_memory,
+    measure,
+    peak_bytes,
+    replayed,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Settings:
     threads: int | None = None
     channels_last: bool = False  # the stock network itself, and so every variant
     training: bool = False  # steps of training instead of inference
+    breakdown: bool = False  # also time each distinct layer alone, and count the traffic
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -42,7 +54,10 @@ class Settings:
             raise ValueError(f"batch size {self.batch_size}: at least one image is needed")
         unknown = [name for name in self.variants if name not in baselines.VARIANTS]
         if unknown:
-            raise ValueError(f"unknown variant {unknown[0]!r}; known: {', '.join(baselines.VARIANTS)}")
+            near = difflib.get_close_matches(unknown[0], baselines.VARIANTS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            known = ", ".join(baselines.VARIANTS)
+            raise ValueError(f"unknown variant {unknown[0]!r}; {hint}known: {known}")
         torch.device(self.device)  # raises where there is no such kind of device
 
 
@@ -60,6 +75,8 @@ class Row:
     error_ratio: float | None = None
     top1_agreement: float | None = None
     ready_seconds: float | None = None
+    peak_bytes: int | None = None  # of memory that one call takes, beyond what was held before it
+    launch: str = "eager"  # or "graph": replayed from a CUDA graph
 
 
 @dataclass
@@ -75,6 +92,8 @@ class Result:
     training: bool = False
     coverage: float | None = None
     implementations: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    breakdown: Breakdown | None = None
 
 
 @dataclass
@@ -127,8 +146,27 @@ def _gate(
 
 
 def run_network(network: Network, settings: Settings, *, tell: Tell | None = None) -> Result:
-    """Prepare, check and measure every variant of one network."""
-    tell = tell or (lambda *_: None)
+    """Prepare, check and measure every variant of one network.
+
+    Where one runs out of memory all start over with half the batch, so that all are timed on the same one.
+    """
+    notes: list[str] = []
+    while True:
+        result = _run_batch(network, settings, tell or (lambda *_: None))
+        hungry = [row.variant for row in result.rows if OUT_OF_MEMORY in row.note]
+        stopped = result.comparison is not None and result.comparison.interrupted
+        if not hungry or settings.batch_size == 1 or stopped:
+            break
+        smaller = settings.batch_size // 2
+        notes.append(
+            f"out of memory at batch {settings.batch_size} ({', '.join(hungry)}): now batch {smaller}"
+        )
+        settings = replace(settings, batch_size=smaller)
+    result.notes = notes + result.notes
+    return result
+
+
+def _run_batch(network: Network, settings: Settings, tell: Tell) -> Result:
     device = torch.device(settings.device)
     names = settings.variants or tuple(baselines.default_variants(device, training=settings.training))
     stock = network.model.to(device=device, dtype=settings.dtype).train(settings.training)
@@ -153,6 +191,8 @@ def run_network(network: Network, settings: Settings, *, tell: Tell | None = Non
                 call = _prepare(stock, x, row, result, judge)
                 if call is not None:
                     calls[row.variant] = call
+            if settings.batch_size > 1 and any(row.note == OUT_OF_MEMORY for row in rows):
+                return result
             if calls:
                 with torch.inference_mode(not settings.training):
                     result.comparison = measure(
@@ -160,11 +200,18 @@ def run_network(network: Network, settings: Settings, *, tell: Tell | None = Non
                         device=device,
                         rounds=settings.rounds,
                         max_seconds=settings.max_seconds,
+                        launches={
+                            name: LAUNCHES if baselines.VARIANTS[name].replays else ("eager",)
+                            for name in calls
+                        },
                         seed=settings.seed,
                         observer=lambda phase, name, step, steps: tell(
                             network.name, phase, name, step, steps
                         ),
                     )
+                if settings.breakdown and not settings.training and not result.comparison.interrupted:
+                    tell(network.name, "layers", "", 0, 1)
+                    result.breakdown = break_down(stock, x)
     except KeyboardInterrupt:
         result.comparison = result.comparison or Comparison({}, str(device), torch.get_num_threads(), True)
     _settle(result)
@@ -190,6 +237,9 @@ def _prepare(
             _describe_coverage(call, laid_out, result)
         if not _gate(stock, x, call, laid_out, row, judge):
             return None
+        step = training.training_step(call, laid_out) if stock.training else lambda: call(laid_out)
+        with torch.inference_mode(not stock.training):
+            row.peak_bytes = peak_bytes(step, x.device)
     except baselines.Unavailable as reason:
         row.status, row.note = "unavailable", str(reason)
         return None
@@ -197,7 +247,7 @@ def _prepare(
         row.note = OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         return None
     row.status = "measured"
-    return training.training_step(call, laid_out) if stock.training else lambda: call(laid_out)
+    return step
 
 
 def _describe_coverage(model: nn.Module, x: torch.Tensor, result: Result) -> None:
@@ -225,6 +275,18 @@ def _settle(result: Result) -> None:
             row.note = (samples.failure if samples else None) or "not reached: interrupted"
         elif samples.failure:
             row.note = f"stopped early: {samples.failure}"
+    result.rows = [twin for row in result.rows for twin in (row, *_replays_of(row, result.comparison))]
+
+
+def _replays_of(row: Row, comparison: Comparison | None) -> list[Row]:
+    """The row of the same variant replayed from a CUDA graph, where that was timed or tried."""
+    samples = comparison.samples.get(replayed(row.variant)) if comparison else None
+    if row.status != "measured" or samples is None:
+        return []
+    status = "measured" if samples.times else "unavailable"
+    note = "" if samples.times else samples.failure or "not reached: interrupted"
+    about = f"{row.description}, replayed from a CUDA graph"
+    return [replace(row, variant=samples.name, description=about, status=status, note=note, launch="graph")]
 
 
 @contextlib.contextmanager
@@ -240,20 +302,22 @@ def _cudnn_benchmark() -> Iterator[None]:
 
 def run(
     networks: Iterable[Callable[[], Network]],
-    settings: Settings,
+    settings: Settings | Sequence[Settings],
     *,
     tell: Tell | None = None,
     finished: Callable[[Result], None] | None = None,
 ) -> Run:
     """Benchmark networks one after the other; each is built only when its turn comes, and dropped after it.
 
-    ``finished`` is called with each result as soon as it is there. Ctrl-C ends the run with what is done.
+    ``settings``: several are run one after the other for each network. Their threads and device are those of
+    the first. ``finished`` is called with each result as soon as it is there. Ctrl-C ends the run with what is done.
     """
-    with cpu_threads(settings.threads), _cudnn_benchmark():
-        whole = Run(environment.describe(settings.device), _plain(settings))
-        for build in networks:
+    cases = [settings] if isinstance(settings, Settings) else list(settings)
+    with cpu_threads(cases[0].threads), _cudnn_benchmark():
+        whole = Run(environment.describe(cases[0].device), _plain(cases[0]))
+        for build, case in ((build, case) for build in networks for case in cases):
             try:
-                result = run_network(build(), settings, tell=tell)
+                result = run_network(build(), case, tell=tell)
             except KeyboardInterrupt:
                 whole.interrupted = True
                 break

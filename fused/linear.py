@@ -106,15 +106,21 @@ def _result_dtype(x: Tensor, layer_scale: Tensor | None, residual: Tensor | None
 _CUBLAS_EPILOGUES = ("relu", "gelu_tanh")
 
 
-def choose(x: Tensor, weight: Tensor, extra: bool, activation: str, backend: str) -> str:
+def _preferred(x: Tensor, weight: Tensor, extra: bool, activation: str, backend: str) -> str:
+    """What was asked for, or measured to be the fastest for such a call."""
+    return dispatch.preferred("linear_act", backend, x, weight.shape, activation, extra)
+
+
+def choose(x: Tensor, weight: Tensor, extra: bool, activation: str, backend: str, wanted: str = "") -> str:
     """The implementation that serves a call: "triton", "library" or "reference".
 
-    extra: whether a layer scale or a residual follows.
+    extra: whether a layer scale or a residual follows. wanted: the backend that ``dispatch.preferred`` gave
+    for ``backend``, where the caller has asked.
 
     Raises:
         UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
     """
-    wanted = dispatch.requested(backend)
+    wanted = wanted or _preferred(x, weight, extra, activation, backend)
     if wanted == "reference":
         return wanted
     ours = dispatch.ours_take((x.dtype,), wanted)
@@ -179,19 +185,20 @@ def _unmeasured(
 
 def _body(x, weight, bias, layer_scale, residual, activation, negative_slope, backend):
     on_cpu = dispatch.device_type_of(x) == "cpu"
+    extra = layer_scale is not None or residual is not None
+    wanted = _preferred(x, weight, extra, activation, backend)
     if on_cpu and x.dim():
         rows = math.prod(x.shape[:-1])
         added = residual is not None and (residual.shape == (*x.shape[:-1], weight.shape[0]), residual.dtype)
         key = (
             "linear", rows, x.shape[-1], x.dtype, x.device, added, activation, negative_slope, backend,
-            dispatch.requested(backend), torch._C._get_mkldnn_enabled(), x.is_meta,
+            wanted, torch._C._get_mkldnn_enabled(), x.is_meta,
         )  # fmt: skip
         prepared = packing.lookup(weight, key, (bias, layer_scale))
         if prepared is not None:
             return prepared.run(x, residual)
     _validate(x, weight, bias, layer_scale, residual, activation)
-    extra = layer_scale is not None or residual is not None
-    implementation = choose(x, weight, extra, activation, backend)
+    implementation = choose(x, weight, extra, activation, backend, wanted)
     arguments = (x, weight, bias, layer_scale, residual, activation, negative_slope)
     if implementation == "reference" or x.numel() == 0:
         return _composition(*arguments)

@@ -348,7 +348,7 @@ def measure(
     max_warmup_seconds: float = 20.0,
     threads: int | None = None,
     flush_l2: bool = True,
-    launches: Sequence[str] = ("eager",),
+    launches: Sequence[str] | Mapping[str, Sequence[str]] = ("eager",),
     enough: Callable[[Comparison], bool] | None = None,
     seed: int = 0,
     observer: Observer | None = None,
@@ -360,24 +360,22 @@ def measure(
     asked after every round from the fifth on. The caller decides about gradients: wrap the callables in
     ``torch.inference_mode()`` where none are wanted.
 
-    ``launches``: on CUDA, how each variant is timed: "eager", "graph" or both. The samples of replays go by
-    the name :func:`replayed` gives; a variant that no graph can be made of fails there and says why. On the
-    CPU there is nothing to replay, and every variant is timed once.
-
-    A variant that raises is taken out and its ``failure`` says why, running out of memory by name; the
-    others go on. Ctrl-C ends the measurement with every complete sample kept and ``interrupted`` set.
+    ``launches``: on CUDA, how each variant is timed: "eager", "graph" or both; or that by variant's name. The
+    samples of replays go by the name :func:`replayed` gives; a variant that no graph can be made of fails
+    there and says why. On the CPU there is nothing to replay, and every variant is timed once.
     """
     if not variants:
         raise ValueError("measure() was given no variants")
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: at least one round is needed")
-    if not launches or not set(launches) <= set(LAUNCHES):
+    by_variant = launches if isinstance(launches, Mapping) else dict.fromkeys(variants, launches)
+    if not all(set(by_variant[name]) <= set(LAUNCHES) and by_variant[name] for name in variants):
         raise ValueError(f"launches={launches!r}: choose from {', '.join(LAUNCHES)}")
     device = torch.device(device)
     clock = _CudaClock(device, flush_l2) if device.type == "cuda" else _HostClock()
     if device.type != "cuda":
-        launches = ("eager",)
-    ways = {_named(name, how): (call, how) for name, call in variants.items() for how in launches}
+        by_variant = dict.fromkeys(variants, ("eager",))
+    ways = {_named(name, how): (call, how) for name, call in variants.items() for how in by_variant[name]}
     comparison = Comparison(
         {name: Samples(name, launch=how) for name, (_, how) in ways.items()},
         str(device),

@@ -31,7 +31,7 @@ from fastnets.fused.check import CheckReport, check, compare_outputs
 from fastnets.fused.choices import NETWORK, Choice, Store, device_name
 from fastnets.fused.measure import Comparison, Ratio, Samples, is_out_of_memory, measure
 
-__all__ = ["BUDGET_SECONDS", "LayerChoice", "Selection", "select"]
+__all__ = ["BUDGET_SECONDS", "Calls", "LayerChoice", "Selection", "select"]
 
 BUDGET_SECONDS = 90.0  # of one network, where nothing else is asked for
 _NETWORK_SHARE = 0.35  # of the budget, for the whole network beside stock
@@ -448,7 +448,7 @@ def _is_selectable(func: torch._ops.OpOverload, args: tuple) -> bool:
     return not changes and len(args) == len(func._schema.arguments) and args[-1] == "auto"
 
 
-class _Calls(TorchDispatchMode):
+class Calls(TorchDispatchMode):
     """Hands every selectable call that has to choose to ``decided``."""
 
     @classmethod
@@ -467,7 +467,7 @@ class _Calls(TorchDispatchMode):
         raise NotImplementedError
 
 
-class _Survey(_Calls):
+class _Survey(Calls):
     """Lists the distinct layers and how often each is called."""
 
     def __init__(self) -> None:
@@ -479,7 +479,7 @@ class _Survey(_Calls):
         return result
 
 
-class _InPlace(_Calls):
+class _InPlace(Calls):
     """Measures each layer that is not known yet where it stands, on the tensors that are there."""
 
     def __init__(self, selector: _Selector, unknown: int):
