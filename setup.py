@@ -22,7 +22,7 @@ for folder in FOLDERS:
 
 version = re.search(r'^__version__ = "([^"]+)"', (ROOT / "fastnets/__init__.py").read_text(), re.M).group(1)
 
-bench = ["matplotlib>=3.8", "psutil>=5.9"]
+bench = ["jinja2>=3.1", "matplotlib>=3.8", "psutil>=5.9"]
 vision = ["torchvision>=0.26", "timm>=1.0"]
 examples = [*bench, *vision, "mlxtend>=0.23", "scikit-learn>=1.4", "scikit-image>=0.22", "pillow>=10"]
 test = [

@@ -185,7 +185,7 @@ QUICK = (BASELINE, "channels-last", "folded", "onnxruntime", "openvino", "fastne
 
 
 def default_variants(device: torch.device | str, *, training: bool = False) -> list[str]:
-    """The variants a benchmark runs unless told otherwise; those that are not installed say so in its table."""
+    """The variants a benchmark runs unless told otherwise; what is not installed says so in its table."""
     on_gpu = torch.device(device).type == "cuda"
     names = [BASELINE, "channels-last", "folded", "compile"]
     if on_gpu:

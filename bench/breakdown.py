@@ -1,4 +1,4 @@
-"""Where a network's time goes: each distinct fused layer by itself, the stock composition beside the fused call.
+"""Where a network's time goes: each distinct fused layer by itself, stock beside fused.
 
 The layers are timed on the tensors of a forward, as choosing by measurement does (``fused.selection``), and
 their FLOPs and compulsory bytes are counted. Beside them stands the traffic of the whole network, counted on

@@ -1,9 +1,9 @@
 """Two result files of ``fastnets bench`` beside each other: ``fastnets compare A.json B.json``.
 
-What is compared is how many times faster than eager each variant was in its own run: a machine that was slower
-on the second day slows eager down, too. The interval of the change comes from resampling the rounds of both
-runs. A change counts where its whole interval lies beyond a margin, since two runs of the same code differ by
-more than the rounds of one run tell.
+What is compared is how many times faster than eager each variant was in its own run: a machine that was
+slower on the second day slows eager down, too. The interval of the change comes from resampling the rounds of
+both runs. A change counts where its whole interval lies beyond a margin, since two runs of the same code
+differ by more than the rounds of one run tell.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def compare_runs(first: dict[str, Any], second: dict[str, Any], margin: float = 
     before, after = ({_title(result): result for result in run["results"]} for run in (first, second))
     shared = [title for title in before if title in after]
     if not shared:
-        raise ValueError(
-            f"the runs have nothing in common: {', '.join(before) or 'nothing'} against {', '.join(after) or 'nothing'}"
-        )
+        here, there = (", ".join(titles) or "nothing" for titles in (before, after))
+        raise ValueError(f"the runs have nothing in common: {here} against {there}")
     changes = []
     for title in shared:
         old, new = (_measured(results[title]) for results in (before, after))

@@ -1,6 +1,7 @@
-"""Benchmark results as a terminal table, JSON with the raw samples, CSV, Markdown and a PNG chart.
+"""Benchmark results as a terminal table, JSON with the raw samples, CSV, Markdown, HTML and charts.
 
-The format of a file follows its name: ``--output run.json``, ``.csv``, ``.md`` or ``.png``.
+The format of a file follows its name: ``--output run.json``, ``.csv``, ``.md``,
+``.html``, ``.png`` or ``.svg``.
 :func:`refuse_unwritable` looks at the paths before a run, so that an hour of measuring does not end at a
 folder that is not there.
 """
@@ -18,10 +19,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastnets.bench import environment
+from fastnets.bench import charts, environment
 from fastnets.bench.baselines import BASELINE
+from fastnets.bench.charts import speedup
 from fastnets.bench.suite import Result, Row, Run
-from fastnets.fused.measure import Ratio
 
 SCHEMA = "fastnets-bench"
 SCHEMA_VERSION = 1
@@ -60,7 +61,7 @@ def refuse_unwritable(paths: Sequence[str | Path], formats: Collection[str] | No
             raise BadOutput(
                 f"{path}: unknown format {path.suffix!r}; use a name that ends in {', '.join(known)}"
             )
-        if path.suffix == ".png":
+        if path.suffix in (".png", ".svg", ".html"):
             try:
                 import matplotlib  # noqa: F401
             except ImportError as error:
@@ -101,16 +102,6 @@ def write_whole(path: Path, content: bytes) -> None:
 # --- the figures of one row -----------------------------------------------------------------------------
 
 
-def speedup(result: Result, row: Row) -> Ratio | None:
-    """The row's ratio to eager; None unless both were measured after passing the accuracy gate."""
-    if row.status != "measured" or result.comparison is None:
-        return None
-    base = next((other for other in result.rows if other.variant == BASELINE), None)
-    if base is None or base.status != "measured":
-        return None
-    return result.comparison.ratio(row.variant, BASELINE)
-
-
 def clearly_under(run: Run, bound: float) -> list[str]:
     """A line for each variant of ours whose whole interval of the ratio to eager lies under ``bound``."""
     lines = []
@@ -122,7 +113,7 @@ def clearly_under(run: Run, bound: float) -> list[str]:
     return lines
 
 
-def _cells(result: Result, row: Row) -> list[str]:
+def cells(result: Result, row: Row) -> list[str]:
     """One line of a table, in the order of ``HEADINGS``."""
     error = "" if row.error_ratio is None else f"{row.error_ratio:.2f}"
     if row.status != "measured":
@@ -143,7 +134,7 @@ def _cells(result: Result, row: Row) -> list[str]:
     ]
 
 
-WIDTH = 122  # of a terminal, in characters, that shows every column
+WIDTH = 132  # of a terminal, in characters, that shows every column
 HEADINGS = (
     "variant",
     "error ratio",  # against float64, of stock's own
@@ -171,6 +162,7 @@ def remarks(result: Result) -> list[str]:
         lines.append(
             f"fastnets: {result.coverage:.1%} of the FLOPs in fused layers; by implementation: {served}"
         )
+    lines += result.notes
     for row in result.rows:
         if row.note:
             lines.append(f"{row.variant}: {row.note}")
@@ -195,7 +187,7 @@ def print_table(result: Result, console: Any) -> None:
         style = {"measured": "bold" if row.ours else "", "wrong": "red", "failed": "red"}.get(
             row.status, "dim"
         )
-        table.add_row(*_cells(result, row)[:columns], style=style)
+        table.add_row(*cells(result, row)[:columns], style=style)
     console.print(table)
     for line in remarks(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -285,7 +277,7 @@ def to_markdown(run: Run) -> bytes:
         lines += [f"**{title(result)}**", ""]
         lines.append("| " + " | ".join(HEADINGS) + " |")
         lines.append("| --- |" + " ---: |" * (len(HEADINGS) - 1))
-        lines += ["| " + " | ".join(_cells(result, row)) + " |" for row in result.rows]
+        lines += ["| " + " | ".join(cells(result, row)) + " |" for row in result.rows]
         lines += ["", *(f"- {line}" for line in remarks(result)), ""]
     return "\n".join(lines).encode()
 
@@ -324,36 +316,55 @@ def caption(facts: dict[str, Any]) -> str:
     )
 
 
-def to_png(run: Run) -> bytes:
-    """One panel of :func:`draw_speed` per network."""
+def whole_figure(run: Run) -> Any:
+    """A matplotlib figure: one panel of :func:`draw_speed` per network, and below them the other charts."""
     from matplotlib.figure import Figure
 
     shown = [result for result in run.results if any(row.status == "measured" for row in result.rows)]
     heights = [1.4 + 0.42 * len(result.rows) for result in shown] or [1]
-    figure = Figure(figsize=(9, 0.6 + sum(heights)), layout="constrained", dpi=120)
+    others = charts.drawings(run) if len(shown) > 1 or any(r.breakdown for r in shown) else []
+    heights += [height for _, height, _ in others]
+    figure = Figure(figsize=(10, 0.6 + sum(heights)), layout="constrained", dpi=120)
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, result in zip(panels, shown):
         draw_speed(panel, result)
+    for panel, (_, _, draw) in zip(panels[len(shown) :], others):
+        draw(panel)
     if not shown:
         panels[0].text(0.5, 0.5, "nothing was measured", ha="center")
         panels[0].set_axis_off()
     figure.suptitle(caption(run.environment), fontsize=8)
-    return png_bytes(figure)
+    return figure
+
+
+def to_png(run: Run) -> bytes:
+    """All charts, one below the other."""
+    return png_bytes(whole_figure(run))
 
 
 def png_bytes(figure: Any) -> bytes:
     """A matplotlib figure as a PNG file's content, drawn without any display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    return figure_bytes(figure, "png")
 
-    FigureCanvasAgg(figure)
+
+def figure_bytes(figure: Any, file_format: str) -> bytes:
+    """A matplotlib figure as the content of a file, drawn without any display."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=file_format)
     return buffer.getvalue()
+
+
+def _page(run: Run) -> bytes:
+    from fastnets.bench.page import to_html
+
+    return to_html(run)
 
 
 WRITERS: dict[str, Callable[[Run], bytes]] = {
     ".json": to_json,
     ".csv": to_csv,
     ".md": to_markdown,
+    ".html": _page,
     ".png": to_png,
+    ".svg": lambda run: figure_bytes(whole_figure(run), "svg"),
 }

@@ -310,7 +310,8 @@ def run(
     """Benchmark networks one after the other; each is built only when its turn comes, and dropped after it.
 
     ``settings``: several are run one after the other for each network. Their threads and device are those of
-    the first. ``finished`` is called with each result as soon as it is there. Ctrl-C ends the run with what is done.
+    the first. ``finished`` is called with each result as soon as it is there. Ctrl-C ends the run with what
+    is done.
     """
     cases = [settings] if isinstance(settings, Settings) else list(settings)
     with cpu_threads(cases[0].threads), _cudnn_benchmark():

@@ -1,4 +1,4 @@
-"""The ``fastnets`` command: list, explain, check, bench, bench-op, profile, env.
+"""The ``fastnets`` command: list, explain, check, bench, compare, tune, bench-op, profile, env.
 
 Flags are timm's where timm has the thing. Exit codes: 0 done, 1 answers were wrong or one of our variants
 failed, 2 the request cannot be served (unknown network, bad path, missing device), 130 interrupted, with
@@ -34,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-output = Console(width=None if sys.stdout.isatty() else 124)  # a file or pipe gets whole lines
+output = Console(width=None if sys.stdout.isatty() else 136)  # a file or pipe gets whole lines
 messages = Console(stderr=True)
 
 Precision = enum.Enum(
@@ -393,7 +393,7 @@ def compare(
         typer.Option("--fail-under", help="exit with 1 where B is clearly under so many times A; 1 - margin"),
     ] = None,
 ) -> None:
-    """Two benchmark files: what became faster or slower, beside eager. Exit code 1 where ours became slower."""
+    """Two benchmark files: what became faster or slower beside eager. Exit code 1 where ours is slower."""
     from fastnets.bench import compare as comparing
     from fastnets.bench import report
 
