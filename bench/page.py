@@ -34,9 +34,9 @@ figure { margin: 1.2rem 0; } figure svg { width: 100%; height: auto; }
 <body>
 <h1>fastnets bench: {{ title }}</h1>
 <p>Variants take turns in one process; a figure is a median, and a ratio has a 95&nbsp;% bootstrap interval
-over rounds. A variant is timed only after its answers have passed the accuracy check: an error against float64 of
-at most {{ allowed }} times the stock network's own. Times and memory are measured, traffic and FLOPs counted;
-nothing here is predicted.</p>
+over rounds. A variant is timed only after its answers have passed the accuracy check: an error against
+float64 of at most {{ allowed }} times the stock network's own. Times and memory are measured, traffic and
+FLOPs counted; nothing here is predicted.</p>
 <pre>{{ environment }}</pre>
 {% for drawing in overview %}<figure>{{ drawing }}</figure>
 {% endfor %}

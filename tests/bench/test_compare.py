@@ -1,4 +1,4 @@
-"""Two runs beside each other: a planted slowdown is seen, a run against itself is quiet, bad files are told."""
+"""Two runs beside each other: a planted slowdown is seen, equal ones are quiet, bad files are told."""
 
 import json
 
