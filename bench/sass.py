@@ -49,13 +49,17 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """One pass through a loop: instructions by base opcode, accesses to global memory by width in bits."""
+    """One pass through a loop: instructions by base opcode, accesses to global memory by width in bits.
+
+    opcodes: the whole opcodes, with their modifiers (``HGMMA.64x64x16.F32``).
+    """
 
     instructions: int
     mix: Counter
     matrix: int
     global_loads: Counter
     async_copies: Counter
+    opcodes: Counter = field(default_factory=Counter, repr=False)
 
     def share(self, *bases: str) -> int:
         return sum(self.mix[b] for b in bases)
@@ -68,7 +72,7 @@ class MachineCode:
     registers: per thread. stack: bytes of local memory per thread. spills: loads and stores of local memory
     (LDL, STL). global_loads, global_stores, async_copies: instructions by width in bits, in the whole
     kernel. bulk_copies: tensor-map and bulk copies. loop: the innermost loop with most matrix instructions,
-    or with most instructions.
+    or with most instructions. loops: all innermost ones, as they stand in the code.
     """
 
     registers: int
@@ -82,6 +86,7 @@ class MachineCode:
     matrix_ops: frozenset
     loop: Loop | None
     mix: Counter = field(repr=False)
+    loops: tuple = field(default=(), repr=False)
 
 
 def read_cubin(cubin: bytes) -> MachineCode:
@@ -100,6 +105,7 @@ def read_cubin(cubin: bytes) -> MachineCode:
     code = _without_padding(code)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     mix = Counter(i.base for i in code)
+    loops = _innermost_loops(code)
     return MachineCode(
         registers=int(found.group(1)),
         stack=int(found.group(2)),
@@ -110,8 +116,9 @@ def read_cubin(cubin: bytes) -> MachineCode:
         async_copies=_widths(code, "LDGSTS"),
         bulk_copies=mix["UTMALDG"] + mix["UBLKCP"],
         matrix_ops=frozenset(b for b in mix if MATRIX_OPS.match(b)),
-        loop=_hottest_loop(code),
+        loop=max(loops, key=lambda loop: (loop.matrix, loop.instructions), default=None),
         mix=mix,
+        loops=tuple(loops),
     )
 
 
@@ -147,7 +154,7 @@ def _widths(code, base: str) -> Counter:
     return Counter(i.bits for i in code if i.base == base)
 
 
-def _hottest_loop(code: list[Instruction]) -> Loop | None:
+def _innermost_loops(code: list[Instruction]) -> list[Loop]:
     blocks = _basic_blocks(code)
     loops = [
         loop
@@ -155,10 +162,8 @@ def _hottest_loop(code: list[Instruction]) -> Loop | None:
         if any(WORK.match(code[i].base) for i in _inside(loop, blocks))
     ]
     innermost = [a for a in loops if not any(b["body"] < a["body"] for b in loops)]
-    if not innermost:
-        return None
-    counted = [_count([code[i] for i in _inside(loop, blocks)]) for loop in innermost]
-    return max(counted, key=lambda loop: (loop.matrix, loop.instructions))
+    innermost.sort(key=lambda loop: loop["head"])
+    return [_count([code[i] for i in _inside(loop, blocks)]) for loop in innermost]
 
 
 def _inside(loop, blocks):
@@ -177,6 +182,7 @@ def _count(code: list[Instruction]) -> Loop:
         matrix=sum(n for base, n in mix.items() if MATRIX_OPS.match(base)),
         global_loads=_widths(code, "LDG"),
         async_copies=_widths(code, "LDGSTS"),
+        opcodes=Counter(i.opcode for i in code),
     )
 
 

@@ -160,14 +160,15 @@ def _reference_backward(
 # --- the ops ------------------------------------------------------------------------------------------------
 
 
-def choose(query: Tensor, key: Tensor, value: Tensor, backend: str) -> str:
+def choose(query: Tensor, key: Tensor, value: Tensor, backend: str, backward: bool = False) -> str:
     """What runs inside the op: "triton" or "reference". See ``dispatch.triton_or_reference``."""
+    limit = 128 if backward and query.dtype == torch.float32 else 256
     chosen = dispatch.triton_or_reference(query, backend, refuses="does not attend with")
-    too_wide = max(query.shape[-1], value.shape[-1]) > 256
+    too_wide = max(query.shape[-1], value.shape[-1]) > limit
     if chosen == "triton" and too_wide and dispatch.requested(backend) == "triton":
         raise dispatch.UnsupportedByBackend(
             f"attention: head dim {max(query.shape[-1], value.shape[-1])} is not supported by the Triton "
-            "backend (at most 256); use backend='auto'"
+            f"backend (at most {limit}{' in the backward of float32' * backward}); use backend='auto'"
         )
     empty = 0 in query.shape or 0 in key.shape or 0 in value.shape
     return "reference" if too_wide or empty else chosen
@@ -211,7 +212,7 @@ def _backward_body(
 ):  # fmt: skip
     *scalars, backend, bias_gradient = scalars
     options = Options(*scalars)
-    if choose(q, k, v, backend) == "triton":
+    if choose(q, k, v, backend, backward=True) == "triton":
         from fastnets.kernels.attention_backward import attention_backward as launch
 
         cu = None if cu_query is None else (cu_query, cu_key)

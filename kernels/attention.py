@@ -12,12 +12,15 @@ that none sees are not visited. Queries that see no key get 0, and an lse of −
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from fastnets.kernels.activation import activate
-from fastnets.kernels.attention_configs import forward_config, forward_configs
+from fastnets.kernels.attention_calls import AttentionCall, attention_calls, check_config
+from fastnets.kernels.attention_configs import forward_config, forward_configs, forward_configs_for
 from fastnets.kernels.attention_problem import Options, Problem, attention_problem
 from fastnets.kernels.attention_tile import (
     LOWEST,
@@ -239,6 +242,14 @@ def _launch_of(problem: Problem, config: Config | None):
     return known
 
 
+def _run(call: AttentionCall, config: Config | None = None):
+    check_config(config, forward_configs_for(call.dtype, call.block_d))
+    q, k, v, options, extra = call.tensors()
+    return attention_forward(q, k, v, options, **extra, keep_lse=call.keep_lse, config=config)
+
+
 def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors of the kinds that networks have: see ``kernels``."""
-    return []
+    return [
+        RepresentativeCall(name, functools.partial(_run, case)) for name, case in attention_calls().items()
+    ]

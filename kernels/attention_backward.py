@@ -13,12 +13,15 @@ the bias was broadcast to, in a fixed order.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from fastnets.kernels.attention_bias import attention_bias_gradient
-from fastnets.kernels.attention_configs import backward_config, backward_configs
+from fastnets.kernels.attention_calls import AttentionCall, attention_calls, check_config
+from fastnets.kernels.attention_configs import backward_config, backward_configs, backward_configs_for
 from fastnets.kernels.attention_problem import Options, attention_problem, delta_steps, gradient_steps
 from fastnets.kernels.attention_tile import (
     LOG2E,
@@ -410,6 +413,15 @@ def attention_backward(
     return dq, dk, dv, dbias
 
 
+def _run(call: AttentionCall, config: Config | None = None):
+    check_config(config, backward_configs_for(call.dtype, call.block_d))
+    q, k, v, options, extra = call.tensors()
+    o, lse = call.result()
+    return attention_backward(o, None, q, k, v, o, lse, options, **extra, config=config)
+
+
 def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors of the kinds that networks have: see ``kernels``."""
-    return []
+    return [
+        RepresentativeCall(name, functools.partial(_run, case)) for name, case in attention_calls().items()
+    ]

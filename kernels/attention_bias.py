@@ -9,15 +9,18 @@ parts in order. Deterministic, and nothing of size batch × M × N is stored.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from fastnets.kernels.attention_calls import AttentionCall, attention_calls, check_config
 from fastnets.kernels.attention_configs import bias_config, bias_configs
 from fastnets.kernels.attention_problem import Options, attention_problem, gradient_steps
 from fastnets.kernels.attention_tile import keep_factor, load_rows, row_lse, weights
 from fastnets.kernels.device import Device
-from fastnets.kernels.launch import Config, RepresentativeCall, launch, tiles
+from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch, tiles
 from fastnets.kernels.partial_sums import sum_rows
 
 __all__ = ["attention_bias_gradient", "configs", "representative_calls"]
@@ -177,6 +180,18 @@ def attention_bias_gradient(
     return sum_rows(parts, dbias) if splits > 1 else dbias
 
 
+def _run(call: AttentionCall, config: Config | None = None):
+    if call.bias is None:
+        raise UnsupportedConfig("there is no bias")
+    check_config(config, [bias_config(call.dtype, call.block_d, None)])
+    q, k, v, options, extra = call.tensors()
+    o, lse = call.result()
+    extra.pop("cu")
+    return attention_bias_gradient(q, k, v, o, lse, lse, options, **extra, config=config)
+
+
 def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors of the kinds that networks have: see ``kernels``."""
-    return []
+    return [
+        RepresentativeCall(name, functools.partial(_run, case)) for name, case in attention_calls().items()
+    ]

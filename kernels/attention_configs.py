@@ -10,10 +10,12 @@ from fastnets.kernels.launch import Config
 __all__ = [
     "backward_config",
     "backward_configs",
+    "backward_configs_for",
     "bias_config",
     "bias_configs",
     "forward_config",
     "forward_configs",
+    "forward_configs_for",
 ]
 
 
@@ -45,6 +47,17 @@ def forward_configs(device: Device) -> list[Config]:
     )
 
 
+def forward_configs_for(dtype: torch.dtype, head_dim: int) -> tuple[Config, ...]:
+    """Those that may be picked for a dtype and a padded head dim."""
+    return (_FORWARD_FP32 if dtype == torch.float32 else _FORWARD)[head_dim]
+
+
+def backward_configs_for(dtype: torch.dtype, head_dim: int) -> tuple[Config, ...]:
+    """Those that may be picked for a dtype and a padded head dim."""
+    found = (_BACKWARD_FP32 if dtype == torch.float32 else _BACKWARD).get(head_dim)
+    return () if found is None else (found,)
+
+
 def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device) -> Config:
     """head_dim: the greater of q's and v's, a power of two."""
     table = _FORWARD_FP32 if dtype == torch.float32 else _FORWARD
@@ -60,15 +73,14 @@ _BACKWARD = {
     16: _backward(64, 64, 64, 64, 4, 2),
     32: _backward(64, 64, 64, 64, 4, 2),
     64: _backward(128, 64, 128, 64, 8, 2),
-    128: _backward(128, 32, 128, 32, 8, 2),
+    128: _backward(64, 32, 64, 32, 8, 2),
     256: _backward(32, 32, 32, 32, 8, 1),
 }
 _BACKWARD_FP32 = {
     16: _backward(32, 32, 32, 32, 4, 2),
     32: _backward(32, 32, 32, 32, 4, 2),
     64: _backward(32, 32, 32, 32, 4, 1),
-    128: _backward(16, 16, 16, 16, 4, 1),
-    256: _backward(16, 16, 16, 16, 8, 1),
+    128: _backward(16, 16, 16, 16, 8, 1),
 }
 
 
@@ -78,7 +90,9 @@ def backward_configs(device: Device) -> list[Config]:
 
 
 def backward_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:
-    """head_dim: the greater of q's and v's, a power of two."""
+    """head_dim: the greater of q's and v's, a power of two; in fp32 at most 128, wider ones do not fit."""
+    if dtype == torch.float32 and head_dim > 128:
+        raise ValueError("attention: the backward kernel takes head dims up to 128 in float32")
     return (_BACKWARD_FP32 if dtype == torch.float32 else _BACKWARD)[head_dim]
 
 
