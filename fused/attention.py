@@ -170,6 +170,12 @@ def choose(query: Tensor, key: Tensor, value: Tensor, backend: str, backward: bo
             f"attention: head dim {max(query.shape[-1], value.shape[-1])} is not supported by the Triton "
             f"backend (at most {limit}{' in the backward of float32' * backward}); use backend='auto'"
         )
+    if chosen == "triton" and current_device(query).capability < 80:
+        if dispatch.requested(backend) == "triton":
+            raise dispatch.UnsupportedByBackend(
+                "attention: the Triton backend needs compute capability 8.0 or later; use backend='auto'"
+            )
+        return "reference"
     empty = 0 in query.shape or 0 in key.shape or 0 in value.shape
     return "reference" if too_wide or empty else chosen
 

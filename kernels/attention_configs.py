@@ -19,6 +19,10 @@ __all__ = [
 ]
 
 
+# Triton has no matrix units before this compute capability: attention is the vendor's there.
+MATRIX_UNITS = 80
+
+
 def _forward(m: int, n: int, warps: int, stages: int) -> Config:
     return Config(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
 
@@ -41,7 +45,9 @@ _FORWARD_FP32 = {
 
 
 def forward_configs(device: Device) -> list[Config]:
-    """Every config that ``forward_config`` may pick."""
+    """Every config that ``forward_config`` may pick; none without matrix units."""
+    if device.capability < MATRIX_UNITS:
+        return []
     return list(
         dict.fromkeys(c for table in (_FORWARD, _FORWARD_FP32) for pair in table.values() for c in pair)
     )
@@ -85,7 +91,9 @@ _BACKWARD_FP32 = {
 
 
 def backward_configs(device: Device) -> list[Config]:
-    """Every config that ``backward_config`` may pick."""
+    """Every config that ``backward_config`` may pick; none without matrix units."""
+    if device.capability < MATRIX_UNITS:
+        return []
     return list(dict.fromkeys((*_BACKWARD.values(), *_BACKWARD_FP32.values())))
 
 
@@ -103,6 +111,8 @@ def bias_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:
 
 
 def bias_configs(device: Device) -> list[Config]:
-    """Every config that ``bias_config`` may pick."""
+    """Every config that ``bias_config`` may pick; none without matrix units."""
+    if device.capability < MATRIX_UNITS:
+        return []
     picked = [bias_config(dtype, d, device) for dtype in (torch.float16, torch.float32) for d in _BACKWARD]
     return list(dict.fromkeys(picked))
