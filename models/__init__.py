@@ -5,6 +5,7 @@ load; where only timm has it, timm's.
 """
 
 from fastnets.models.alexnet import AlexNet, AlexNet2012, alexnet, alexnet_2012
+from fastnets.models.bert import BertEncoder, minilm_l6
 from fastnets.models.checkpoint import CheckpointError, KeyStyle, load_weights, read_checkpoint
 from fastnets.models.convnext import (
     ConvNeXt,
@@ -39,7 +40,7 @@ from fastnets.models.mobilenet import MobileNetV2, mobilenet_v2
 from fastnets.models.mobilenet_v1 import MobileNetV1, mobilenet_v1
 from fastnets.models.mobilenet_v3 import MobileNetV3, mobilenet_v3_large, mobilenet_v3_small
 from fastnets.models.nin import NetworkInNetwork, nin, nin_teaching
-from fastnets.models.registry import create_model, input_size, list_models, register_model
+from fastnets.models.registry import create_model, example_inputs, input_size, list_models, register_model
 from fastnets.models.regnet import RegNet, regnet_x_400mf, regnet_y_400mf
 from fastnets.models.resnet import (
     ResNet,
@@ -55,6 +56,15 @@ from fastnets.models.resnet import (
 )
 from fastnets.models.shufflenet import ShuffleNetV2, shufflenet_v2_x0_5, shufflenet_v2_x1_0
 from fastnets.models.squeezenet import SqueezeNet, squeezenet1_0, squeezenet1_1
+from fastnets.models.swin import SwinTransformer, swin_t
+from fastnets.models.transformer import (
+    TimeSeriesTransformer,
+    Transformer,
+    time_series_transformer,
+    transformer,
+    transformer_encoder,
+    transformer_encoder_prenorm,
+)
 from fastnets.models.vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 from fastnets.models.vision_transformer import (
     VisionTransformer,
@@ -71,6 +81,7 @@ __all__ = [
     "VGG",
     "AlexNet",
     "AlexNet2012",
+    "BertEncoder",
     "CheckpointError",
     "ConvNeXt",
     "ConvNeXtTimm",
@@ -95,6 +106,9 @@ __all__ = [
     "ShuffleNetV2",
     "SqueezeNet",
     "StochasticDepth",
+    "SwinTransformer",
+    "TimeSeriesTransformer",
+    "Transformer",
     "VisionTransformer",
     "alexnet",
     "alexnet_2012",
@@ -120,6 +134,7 @@ __all__ = [
     "efficientnet_b7",
     "efficientnet_lite0",
     "efficientnet_v2_s",
+    "example_inputs",
     "googlenet",
     "googlenet_2014",
     "inception_v3",
@@ -129,6 +144,7 @@ __all__ = [
     "lenet5_relu",
     "list_models",
     "load_weights",
+    "minilm_l6",
     "mnasnet0_5",
     "mnasnet1_0",
     "mobilenet_v1",
@@ -155,6 +171,11 @@ __all__ = [
     "shufflenet_v2_x1_0",
     "squeezenet1_0",
     "squeezenet1_1",
+    "swin_t",
+    "time_series_transformer",
+    "transformer",
+    "transformer_encoder",
+    "transformer_encoder_prenorm",
     "vgg11",
     "vgg11_bn",
     "vgg13",

@@ -35,29 +35,29 @@ class KeyStyle:
 
     library: what errors call it. names: pairs (theirs, ours) of how keys begin, ``{}`` for an index of a
     layer; the first pair that fits counts, and of several for one of ours the first is what errors quote. A
-    pair with ours "" drops the key. convert: takes (network, our key, their tensor) and returns our tensor,
+    pair with ours None drops the key. convert: takes (network, our key, their tensor) and returns our tensor,
     where the values differ as well as the names.
     """
 
     library: str
-    names: tuple[tuple[str, str], ...]
+    names: tuple[tuple[str, str | None], ...]
     convert: Callable[[nn.Module, str, Tensor], Tensor] | None = None
 
     def ours(self, key: str) -> str | None:
         """Our name for their key: None where it is to be dropped, the key itself where no pair fits."""
-        return _renamed(key, self._to_ours, dropping=True)
+        return _renamed(key, self._to_ours)
 
     def theirs(self, key: str) -> str:
         """Their name for our key."""
-        return _renamed(key, self._to_theirs, dropping=False) or key
+        return _renamed(key, self._to_theirs) or key
 
     @cached_property
-    def _to_ours(self) -> list[tuple[re.Pattern, str]]:
+    def _to_ours(self) -> list[tuple[re.Pattern, str | None]]:
         return [(_beginning(theirs), ours) for theirs, ours in self.names]
 
     @cached_property
     def _to_theirs(self) -> list[tuple[re.Pattern, str]]:
-        return [(_beginning(ours), theirs) for theirs, ours in self.names if ours]
+        return [(_beginning(ours), theirs) for theirs, ours in self.names if ours is not None]
 
 
 def load_weights(
@@ -166,11 +166,11 @@ def _beginning(template: str) -> re.Pattern:
     return re.compile(re.escape(template).replace(r"\{\}", r"(\d+)"))
 
 
-def _renamed(key: str, pairs: list[tuple[re.Pattern, str]], *, dropping: bool) -> str | None:
+def _renamed(key: str, pairs: list[tuple[re.Pattern, str | None]]) -> str | None:
     for beginning, other in pairs:
         match = beginning.match(key)
         if match:
-            return None if dropping and not other else other.format(*match.groups()) + key[match.end() :]
+            return None if other is None else other.format(*match.groups()) + key[match.end() :]
     return key
 
 

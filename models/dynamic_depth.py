@@ -34,12 +34,17 @@ class StochasticDepth(nn.Module):
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training:
             return branch
-        keep = 1 - self.probability
-        shape = (branch.shape[0], *(1,) * (branch.dim() - 1))
-        return branch * branch.new_empty(shape).bernoulli_(keep).div_(keep)
+        return some_samples(branch, 1 - self.probability)
 
     def extra_repr(self) -> str:
         return f"probability={self.probability}"
+
+
+@torch.fx.wrap  # a tracer takes it as it stands
+def some_samples(branch: Tensor, keep: float) -> Tensor:
+    """Each sample of the branch over ``keep`` with that chance, else zeros."""
+    shape = (branch.shape[0], *(1,) * (branch.dim() - 1))
+    return branch * branch.new_empty(shape).bernoulli_(keep).div_(keep)
 
 
 def stochastic_depth(probability: float) -> nn.Module:

@@ -29,7 +29,7 @@ class ResNetMaps(ResNet):
     ``load_weights`` takes a classifier's checkpoint for it.
     """
 
-    key_styles = (KeyStyle("a classifier", (("fc.", ""),)),)
+    key_styles = (KeyStyle("a classifier", (("fc.", None),)),)
 
     def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, int, int, int]):
         super().__init__(block, depths)

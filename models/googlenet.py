@@ -129,7 +129,7 @@ class GoogLeNet(nn.Module):
     """
 
     # torchvision's checkpoint has the auxiliary classifiers, which evaluation does not need.
-    key_styles = (KeyStyle("torchvision", (("aux1.", ""), ("aux2.", ""))),)
+    key_styles = (KeyStyle("torchvision", (("aux1.", None), ("aux2.", None))),)
 
     def __init__(
         self,

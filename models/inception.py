@@ -169,7 +169,7 @@ class InceptionV3(nn.Module):
     """
 
     # torchvision's checkpoint has the auxiliary classifier, which evaluation does not need.
-    key_styles = (KeyStyle("torchvision", (("AuxLogits.", ""),)),)
+    key_styles = (KeyStyle("torchvision", (("AuxLogits.", None),)),)
 
     def __init__(self, num_classes: int = 1000, *, aux_logits: bool = False, dropout: float = 0.5):
         super().__init__()

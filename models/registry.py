@@ -1,4 +1,4 @@
-"""The models by name: ``register_model``, ``list_models``, ``create_model``."""
+"""The models by name: ``register_model``, ``list_models``, ``create_model``, and what to feed them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastnets.models.checkpoint import load_weights
 
-__all__ = ["create_model", "input_size", "list_models", "register_model"]
+__all__ = ["create_model", "example_inputs", "input_size", "list_models", "register_model"]
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
@@ -21,23 +22,30 @@ Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 @dataclass(frozen=True)
 class _Entry:
     build: Callable[..., nn.Module]
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
+    vocabulary: int | None
+    inputs: int
 
 
 _MODELS: dict[str, _Entry] = {}
 
 
-def register_model(*, input_size: tuple[int, int, int] = (3, 224, 224)) -> Callable[[Builder], Builder]:
+def register_model(
+    *, input_size: tuple[int, ...] = (3, 224, 224), vocabulary: int | None = None, inputs: int = 1
+) -> Callable[[Builder], Builder]:
     """Decorates a function that builds a network; the function's name becomes the model's.
 
-    input_size: the (C, H, W) of the images the network was designed for.
-    The function takes ``num_classes`` with the network's own default, and its further options by name.
+    input_size: the shape of one sample that the network was designed for: (C, H, W) of an image, (L,
+    features) of a sequence, (L,) of a text. vocabulary: of texts, how many different tokens
+    there are. inputs: how many tensors of that kind a forward takes.
+    The function takes ``num_classes`` with the network's own default, where it classifies, and its further
+    options by name.
     """
 
     def register(build: Builder) -> Builder:
         if build.__name__ in _MODELS:
             raise ValueError(f"a model named {build.__name__!r} is registered already")
-        _MODELS[build.__name__] = _Entry(build, input_size)
+        _MODELS[build.__name__] = _Entry(build, input_size, vocabulary, inputs)
         return build
 
     return register
@@ -58,8 +66,8 @@ def create_model(
     """Builds a network in stock ``torch.nn``, freshly initialised or with the given weights.
 
     num_classes: outputs of the last layer; ``None`` keeps the network's own (1000 for the ImageNet ones, 10
-    for LeNet). weights: a checkpoint's path (``.pth``, ``.pt``, ``.safetensors``) or a state dict.
-    options: the architecture's own, such as ``width_mult`` of ``mobilenet_v2``.
+    for LeNet; sequence models have none). weights: a checkpoint's path (``.pth``, ``.pt``, ``.safetensors``)
+    or a state dict. options: the architecture's own, such as ``width_mult`` of ``mobilenet_v2``.
 
     Raises ``ValueError`` for an unknown name, naming the near ones; ``CheckpointError`` (a ``ValueError``)
     for weights that do not fit; ``TypeError`` for an option that the architecture does not have.
@@ -75,9 +83,24 @@ def create_model(
     return model
 
 
-def input_size(name: str) -> tuple[int, int, int]:
-    """(C, H, W) of the images that the named network was designed for."""
+def input_size(name: str) -> tuple[int, ...]:
+    """The shape of one sample that the named network was designed for: (C, H, W) where it takes images."""
     return _entry(name).input_size
+
+
+def example_inputs(
+    name: str, batch_size: int = 1, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, ...]:
+    """Random inputs for the named network's forward: standard normal, or token ids (int64) for texts."""
+    entry = _entry(name)
+    shape = (batch_size, *entry.input_size)
+
+    def draw() -> Tensor:
+        if entry.vocabulary is None:
+            return torch.randn(shape, generator=generator)
+        return torch.randint(entry.vocabulary, shape, generator=generator)
+
+    return tuple(draw() for _ in range(entry.inputs))
 
 
 def _entry(name: str) -> _Entry:

@@ -5,6 +5,7 @@ the first class is the same on every photo where the stock network is sure by mo
 """
 
 import copy
+import re
 
 import pytest
 import torch
@@ -150,3 +151,48 @@ def test_thin_resnet_is_the_network_of_the_onnx_file(thin_resnet):
     nhwc = x[:1].permute(0, 2, 3, 1).contiguous().numpy()
     expected = torch.from_numpy(evaluator.run(None, {"input:0": nhwc})[0])
     torch.testing.assert_close(model(x[:1]).softmax(1), expected, rtol=1e-4, atol=1e-6)
+
+
+SENTENCES = (
+    "A man is playing a guitar.",
+    "Someone plays the guitar on a stage.",
+    "The stock market fell sharply on Monday.",
+    "Shares dropped at the start of the week.",
+    "The cat sat on the mat!",
+)
+
+
+def word_pieces(sentence: str, vocabulary: dict[str, int]) -> list[int]:
+    """BERT's tokens of a plain English sentence: lower case, punctuation apart, the longest pieces first."""
+    ids = [vocabulary["[CLS]"]]
+    for word in re.findall(r"\w+|[^\w\s]", sentence.lower()):
+        start = 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            end = next(end for end in range(len(word), start, -1) if prefix + word[start:end] in vocabulary)
+            ids.append(vocabulary[prefix + word[start:end]])
+            start = end
+    return [*ids, vocabulary["[SEP]"]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_minilm_embeds_sentences(device):
+    """Error ratio of the fused embeddings, and that sentences of one meaning are near each other."""
+    device = available(device)
+    weights, words = require(real_data.MINILM_L6), require(real_data.MINILM_L6_VOCABULARY)
+    vocabulary = {word: index for index, word in enumerate(words.read_text("utf-8").split("\n"))}
+    texts = [word_pieces(sentence, vocabulary) for sentence in SENTENCES]
+    longest = max(map(len, texts))
+    tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
+    mask = (tokens != 0).long()
+
+    stock = fastnets.create_model("minilm_l6", weights=weights, fused=False).eval().to(device)
+    exact = copy.deepcopy(stock).double().sentence_embedding(tokens, mask)
+    theirs = stock.sentence_embedding(tokens, mask)
+    ours = fastnets.optimize(stock).sentence_embedding(tokens, mask)
+    assert_close_to(exact, theirs, ours)
+    near = ours @ ours.T
+    assert near[0, 1] > 0.5
+    assert near[2, 3] > 0.5
+    assert near[:2, 2:].abs().max() < 0.3

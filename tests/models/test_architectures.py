@@ -39,6 +39,7 @@ PARAMETERS = {
     "mnasnet0_5": 2_218_512,
     "mnasnet1_0": 4_383_312,
     "mobilenet_v1": 4_231_976,
+    "minilm_l6": 22_713_216,
     "mobilenet_v2": 3_504_872,
     "mobilenet_v3_large": 5_483_032,
     "mobilenet_v3_small": 2_542_856,
@@ -60,6 +61,11 @@ PARAMETERS = {
     "shufflenet_v2_x1_0": 2_278_604,
     "squeezenet1_0": 1_248_424,
     "squeezenet1_1": 1_235_496,
+    "swin_t": 28_288_354,
+    "time_series_transformer": 9_612_551,
+    "transformer": 63_082_496,
+    "transformer_encoder": 18_914_304,
+    "transformer_encoder_prenorm": 18_915_328,
     "vgg11": 132_863_336,
     "vgg11_bn": 132_868_840,
     "vgg13": 133_047_848,
@@ -79,6 +85,7 @@ PARAMETERS = {
 }
 # Nobody else's keys; test_transformers.py has the Transformers' own.
 OWN_KEYS = ("lenet", "alexnet_2012", "googlenet_2014", "nin", "vit", "dinov2")
+OWN_KEYS += ("minilm", "transformer", "time_series")
 WITH_STOCK_KEYS = [name for name in PARAMETERS if not name.startswith(OWN_KEYS)]
 # What timm calls those whose keys are its own.
 TIMM = {

@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from fastnets.models import CheckpointError, create_model
+import fastnets
+from fastnets.fused.capture import capture
+from fastnets.models import CheckpointError, create_model, example_inputs
 from tests.accuracy import assert_close_to
 
 
@@ -144,3 +147,162 @@ class TestVisionTransformer:
         assert "and 2 more" in message
         with pytest.raises(CheckpointError, match=r"heads\.head\.weight \[7, 192\] for \[9, 192\]"):
             create_model("vit_ti_16", weights=state, **self.SMALL | {"num_classes": 9, "depth": 4})
+
+
+class TestSwin:
+    @pytest.mark.parametrize("size", [(64, 64), (57, 36), (4, 5)], ids=str)
+    def test_outputs_and_gradients_are_torchvisions(self, size):
+        swin = pytest.importorskip("torchvision.models.swin_transformer", reason="the reference here")
+        shape = {"depths": [2, 2], "num_heads": [3, 6], "num_classes": 5}
+        theirs = randomised(swin.SwinTransformer([4, 4], 48, window_size=[7, 7], **shape))
+        ours = create_model(
+            "swin_t", num_classes=5, width=48, depths=(2, 2), heads=(3, 6), weights=theirs.state_dict()
+        )
+        assert_same_network(theirs, ours, torch.randn(2, 3, *size))
+
+    def test_wrong_images_are_named(self):
+        model = create_model("swin_t", width=6, depths=(1,), heads=(1,))
+        for shape in ((1, 3, 3, 8), (1, 1, 8, 8), (3, 8, 8)):
+            with pytest.raises(
+                ValueError, match=r"features\.0\.0: got .* wanted \(N, 3, H, W\) of at least 4×4"
+            ):
+                model(torch.randn(shape))
+
+
+class TestTransformer:
+    @pytest.mark.parametrize(
+        "name, last", [("transformer_encoder", False), ("transformer_encoder_prenorm", True)]
+    )
+    def test_keys_are_those_of_the_stock_encoder(self, name, last):
+        with torch.device("meta"):
+            layer = nn.TransformerEncoderLayer(512, 8, batch_first=True)
+            stock = nn.TransformerEncoder(
+                layer, 6, nn.LayerNorm(512) if last else None, enable_nested_tensor=False
+            )
+            ours = create_model(name)
+        assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
+            (k, v.shape) for k, v in stock.state_dict().items()
+        ]
+
+    def test_layers_start_with_different_weights_by_xaviers_rule(self):
+        first, second = create_model("transformer_encoder", depth=2).layers
+        assert not torch.equal(first.linear1.weight, second.linear1.weight)
+        assert first.linear1.weight.abs().max().item() == pytest.approx((6 / 2560) ** 0.5, rel=0.01)
+
+    @torch.no_grad()
+    def test_the_decoder_and_the_forecast_never_look_ahead(self):
+        torch.manual_seed(0)
+        small = {"width": 32, "heads": 2, "hidden": 64, "depth": 2, "max_length": 16}
+        model = create_model("transformer", vocabulary=50, **small).eval()
+        source, target = torch.randint(50, (2, 2, 9))
+        changed = target.clone()
+        changed[:, 5] = (changed[:, 5] + 1) % 50
+        same = (model(source, target) - model(source, changed)).abs().amax((0, 2)) < 1e-5
+        assert same.tolist() == [place < 5 for place in range(9)]
+        forecaster = create_model("time_series_transformer", **small).eval()
+        x = torch.randn(2, 9, 7)
+        changed = x.clone()
+        changed[:, 5] += 1
+        same = (forecaster(x) - forecaster(changed)).abs().amax((0, 2)) < 1e-5
+        assert same.tolist() == [place < 5 for place in range(9)]
+        with pytest.raises(ValueError, match=r"lengths 1 to 16"):
+            forecaster(torch.randn(1, 17, 7))
+        with pytest.raises(ValueError, match=r"target: got shape"):
+            model(source, torch.zeros(2, 17, dtype=torch.long))
+
+    @torch.no_grad()
+    def test_padding_of_the_source_changes_nothing(self):
+        small = {"width": 32, "heads": 2, "hidden": 64, "depth": 2}
+        model = create_model("transformer", vocabulary=50, **small).eval()
+        source, target = torch.randint(50, (2, 2, 6))
+        padded = torch.cat([source, torch.zeros(2, 3, dtype=torch.long)], 1)
+        padding = torch.arange(9).expand(2, 9) >= 6
+        torch.testing.assert_close(model(padded, target, padding), model(source, target))
+
+
+def encoder_of(bert):
+    """The stock encoder with the weights of a BertEncoder: another road to the same answers."""
+    first = bert.encoder["layer"][0]
+    width, hidden = first.intermediate["dense"].in_features, first.intermediate["dense"].out_features
+    layer = nn.TransformerEncoderLayer(
+        width, first.heads, hidden, activation="gelu", layer_norm_eps=1e-12, batch_first=True
+    )
+    stock = nn.TransformerEncoder(layer, len(bert.encoder["layer"]), enable_nested_tensor=False)
+    for theirs, ours in zip(stock.layers, bert.encoder["layer"]):
+        projections = list(ours.attention["self"].values())
+        pairs = {
+            "self_attn.in_proj_weight": torch.cat([p.weight for p in projections]),
+            "self_attn.in_proj_bias": torch.cat([p.bias for p in projections]),
+        }
+        for name, module in (
+            ("self_attn.out_proj", ours.attention["output"]["dense"]),
+            ("norm1", ours.attention["output"]["LayerNorm"]),
+            ("linear1", ours.intermediate["dense"]),
+            ("linear2", ours.output["dense"]),
+            ("norm2", ours.output["LayerNorm"]),
+        ):
+            pairs |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
+        theirs.load_state_dict(pairs)
+    return stock.to(first.intermediate["dense"].weight.dtype).eval()
+
+
+class TestBert:
+    SMALL = {"width": 48, "heads": 4, "hidden": 96, "depth": 2, "vocabulary": 60, "max_length": 20}
+
+    @torch.no_grad()
+    def test_it_is_the_stock_encoder_on_embeddings(self):
+        bert = randomised(create_model("minilm_l6", **self.SMALL)).eval()
+        tokens = torch.randint(60, (2, 9))
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[1, 6:] = 0
+        exact = copy.deepcopy(bert).double()
+        states = [m.embeddings(tokens, None) for m in (exact, bert)]
+        stock64, stock = (
+            encoder_of(m)(x, src_key_padding_mask=mask == 0) for m, x in zip((exact, bert), states)
+        )
+        seen = mask.bool()
+        assert_close_to(stock64[seen], stock[seen], bert(tokens, mask)[seen])
+        alone = bert.sentence_embedding(tokens[1:, :6])
+        torch.testing.assert_close(bert.sentence_embedding(tokens, mask)[1:], alone)
+        torch.testing.assert_close(alone.norm(dim=1), torch.ones(1))
+
+    def test_checkpoints_in_every_wrapping(self):
+        bert = create_model("minilm_l6", **self.SMALL)
+        plain = bert.state_dict()
+        positions = torch.arange(20)[None]
+        for state in (
+            {**plain, "embeddings.position_ids": positions},
+            {f"bert.{k}": v for k, v in plain.items()}
+            | {"bert.embeddings.position_ids": positions, "cls.predictions.bias": torch.zeros(60)},
+        ):
+            loaded = create_model("minilm_l6", weights=state, **self.SMALL)
+            assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), bert.parameters()))
+
+    def test_too_long_a_text_is_named(self):
+        with pytest.raises(ValueError, match=r"tokens: got shape .*lengths 1 to 20"):
+            create_model("minilm_l6", **self.SMALL)(torch.zeros(1, 21, dtype=torch.long))
+
+
+def inlined(module):
+    return nn.Sequential.forward if type(module) is nn.Sequential else None
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_ti_16", "swin_t", "minilm_l6", "transformer", "time_series_transformer"]
+)
+def test_every_container_of_ours_can_be_captured(name):
+    model = create_model(name)
+    for training in (False, True):
+        for path, module in model.named_modules():
+            if type(module).__module__.startswith("fastnets.models"):
+                captured = capture(module, training=training, inline=inlined)
+                assert len(captured.graph.nodes) > 1, path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_ti_16", "swin_t", "minilm_l6", "time_series_transformer"])
+def test_optimised_answers_are_stocks(name):
+    model = create_model(name).eval()
+    inputs = example_inputs(name, generator=torch.Generator().manual_seed(0))
+    exact = copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in inputs))
+    assert_close_to(exact, model(*inputs), fastnets.optimize(model)(*inputs))
