@@ -22,6 +22,7 @@ from fastnets.fused.linear import LinearAct, linear_act
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 from fastnets.fused.response_norm import LocalResponseNorm, local_response_norm
 from fastnets.fused.rope import apply_rope
+from fastnets.fused.squeeze_excite import SqueezeExcite, squeeze_excite
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -43,6 +44,7 @@ __all__ = [
     "LocalResponseNorm",
     "MaxPool2d",
     "RMSNorm",
+    "SqueezeExcite",
     "StochasticDepth",
     "add_layer_norm",
     "add_rms_norm",
@@ -57,5 +59,6 @@ __all__ = [
     "linear_act",
     "local_response_norm",
     "rms_norm",
+    "squeeze_excite",
     "stochastic_depth",
 ]

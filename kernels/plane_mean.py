@@ -1,4 +1,4 @@
-"""Global average pooling: the mean over all pixels of each plane (n, c) of x [N, C, H, W].
+"""Global average pooling: the mean over all pixels of each plane (n, c) of x [N, C, H, W], or of x · factor.
 
 One program sums whole planes, a tile of [planes, pixels] at a time, so every value is read once and the
 order of the sum is fixed. The fast axis of the tile is the one that is a run of memory.
@@ -23,6 +23,8 @@ __all__ = ["configs", "plane_mean", "representative_calls"]
 )
 def plane_mean_kernel(
     x,
+    # None, or of x's strides: the mean is of the product.
+    factor,
     y,
     images,
     # C and W, the fast one of them in units of VEC.
@@ -73,7 +75,10 @@ def plane_mean_kernel(
         if not PLANES_LAST:
             pixel_offset = tl.max_contiguous(tl.multiple_of(pixel_offset, VEC), VEC)
         offset = plane_offset[:, None] + pixel_offset[None, :]
-        total += tl.load(x + offset, mask=mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        value = tl.load(x + offset, mask=mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if factor is not None:
+            value *= tl.load(factor + offset, mask=mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += value
     mean = tl.div_rn(tl.sum(total, axis=1), tl.zeros([BLOCK_PLANES], tl.float32) + pixels)
     tl.store(y + plane, mean.to(y.dtype.element_ty), mask=mask)
 
@@ -123,41 +128,56 @@ def _plan(shape, strides, itemsize, channels_last, config, multiprocessors):
     return (tiles(N * C, config.BLOCK_PLANES),), config, (N, *units, *steps), constexprs
 
 
-def plane_mean(x: torch.Tensor, *, channels_last: bool, config: Config | None = None) -> torch.Tensor:
-    """The mean over the pixels of x [N, C, H, W] as [N, C, 1, 1].
+def plane_mean(
+    x: torch.Tensor,
+    *,
+    channels_last: bool,
+    factor: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """The mean over the pixels of x [N, C, H, W], or of x * factor, as [N, C, 1, 1].
 
-    x: fp32, fp16 or bf16, any strides, at least one pixel. channels_last: whether neighbouring channels, not
-    pixels, are neighbours in memory. Summed in fp32 and rounded once.
+    x: fp32, fp16 or bf16, any strides, at least one pixel; factor: likewise, of x's shape and strides.
+    channels_last: whether neighbouring channels, not pixels, are neighbours in memory. Summed in fp32 and
+    rounded once to ``dtype``, by default x's.
     """
     N, C, H, W = x.shape
     if H * W == 0:
         raise ValueError(f"plane_mean: x {tuple(x.shape)} has no pixels")
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    y = torch.empty((N, C, 1, 1), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    y = torch.empty((N, C, 1, 1), dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
     if y.numel() == 0:
         return y
     multiprocessors = 0 if config is not None else current_device(x).multiprocessors
+    if factor is not None and (factor.shape != x.shape or factor.stride() != x.stride()):
+        raise ValueError(f"plane_mean: factor is {tuple(factor.shape)}, {factor.stride()}; x {x.stride()}")
+    itemsize = x.element_size() if factor is None else min(x.element_size(), factor.element_size())
     grid, config, sizes, constexprs = _plan(
-        tuple(x.shape), x.stride(), x.element_size(), channels_last, config, multiprocessors
+        tuple(x.shape), x.stride(), itemsize, channels_last, config, multiprocessors
     )
-    launch(plane_mean_kernel, grid, x, y, *sizes, config=config, reads=(x,), writes=(y,), **constexprs)
+    launch(
+        plane_mean_kernel, grid, x, factor, y, *sizes, config=config, reads=(x, factor), writes=(y,),
+        **constexprs,
+    )  # fmt: skip
     return y
 
 
 def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors in the layouts and dtypes that networks have: see ``kernels``."""
 
-    def call(shape, dtype, channels_last):
+    def call(shape, dtype, channels_last, product=False):
         def thunk(config=None):
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
             x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
-            return plane_mean(x, channels_last=channels_last, config=config)
+            return plane_mean(x, channels_last=channels_last, factor=x if product else None, config=config)
 
         return thunk
 
     table = [
         ("bf16, 7x7, channels-last", call((32, 2048, 7, 7), torch.bfloat16, True)),
         ("fp32, 56x56, channels-last", call((1, 24, 56, 56), torch.float32, True)),
+        ("bf16, 14x14, product, channels-last", call((32, 672, 14, 14), torch.bfloat16, True, True)),
         ("fp16, 7x7, contiguous", call((32, 2048, 7, 7), torch.float16, False)),
         ("fp32, 56x56, contiguous", call((8, 64, 56, 56), torch.float32, False)),
     ]
