@@ -14,7 +14,6 @@ from fastnets.fused.layer_norm import (
     RMSNorm,
     add_layer_norm,
     add_rms_norm,
-    layer_norm,
     rms_norm,
 )
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
@@ -22,7 +21,7 @@ from fastnets.fused.linear import LinearAct, linear_act
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 from fastnets.fused.response_norm import LocalResponseNorm, local_response_norm
 from fastnets.fused.rope import apply_rope
-from fastnets.fused.squeeze_excite import SqueezeExcite, squeeze_excite
+from fastnets.fused.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -55,10 +54,8 @@ __all__ = [
     "distillation_loss",
     "gated_act",
     "group_norm_act",
-    "layer_norm",
     "linear_act",
     "local_response_norm",
     "rms_norm",
-    "squeeze_excite",
     "stochastic_depth",
 ]

@@ -26,19 +26,12 @@ class ExciteFinder(ChainFinder):
     def fuse(self) -> None:
         for node in list(self.graph.nodes):
             if self.calls(node, lambda module: parts_of(module) is not None):
-                self._replace_excite(node)
+                # Its own layers stay in reports: where the module itself runs they are fused within it.
+                fusion = Fusion("excite", "squeeze-excite", (("excite", node.target),))
+                self._replace_call(node, call_squeeze_excite, fusion)
             elif self.calls(node, is_response_norm):
                 fusion = Fusion("response_norm", "response norm", (("norm", node.target),))
                 self._replace_call(node, call_local_response_norm, fusion)
-
-    def _replace_excite(self, node: fx.Node) -> None:
-        module = self.modules[node.target]
-        reduce, _, expand, _ = parts_of(module)
-        names = {part: name for name, part in module.named_children()}
-        layers = [("reduce", reduce), ("expand", expand)]
-        layers = tuple((role, f"{node.target}.{names[part]}") for role, part in layers)
-        fusion = Fusion("excite", "squeeze-excite", (("excite", node.target), *layers))
-        self._replace_call(node, call_squeeze_excite, fusion)
 
     def _replace_call(self, node: fx.Node, call, fusion: Fusion) -> None:
         chain = Chain.from_head("head", node)

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastnets.fused import batch_norm, conv, cuda_graphs, dispatch, group_norm, layer_norm, linear, pool
+from fastnets.fused import (
+    batch_norm,
+    conv,
+    cuda_graphs,
+    dispatch,
+    group_norm,
+    layer_norm,
+    linear,
+    pool,
+    response_norm,
+    squeeze_excite,
+)
 from fastnets.fused.capture import CaptureError, capture, has_hooks
 from fastnets.fused.chains import Fusion, Left
 from fastnets.fused.fuse import is_layer
@@ -26,8 +37,18 @@ _GROUP_NORMS = tuple(group_norm.GROUP_NORMS)
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 _LAYERS = (
     *(*_CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.MultiheadAttention),
-    *(*_NORMS, *_GROUP_NORMS, *pool.POOLS),
+    *(*_NORMS, *_GROUP_NORMS, *pool.POOLS, nn.LocalResponseNorm),
 )
+# Which implementation the op of a family of fused calls would choose.
+_CHOICES = {
+    "bn": batch_norm.choose,
+    "norm": layer_norm.choose,
+    "group_norm": group_norm.choose,
+    "pool": pool.choose,
+    "excite": squeeze_excite.choose,
+    "response_norm": response_norm.choose,
+}
+_STOCK_ON_CPU = ("group_norm", "norm", "pool", "excite", "response_norm")
 _COUNTED = ("conv", "linear", "attention")  # the layers that have FLOPs
 
 
@@ -286,17 +307,13 @@ class _Rows:
             adds = "add" in fusion.kind.split("+")
             return conv.implementation_of(*layers, fusion.activation, x, backend, adds)
         backend = "auto" if backend == dispatch.UNFOLDED else backend
-        if fusion.family in ("group_norm", "norm", "pool") and dispatch.leaves_to_stock(x, backend):
+        if fusion.family in _STOCK_ON_CPU and dispatch.leaves_to_stock(x, backend):
             return "stock"
         if fusion.family == "linear" and fusion.layers:
             act = layers.get("act")
             return linear.implementation_of(layers["linear"], act, fusion.activation, x, backend=backend)
-        if fusion.family == "norm":
-            return layer_norm.choose(x, backend)
-        if fusion.family in ("bn", "group_norm", "pool"):
-            return {"bn": batch_norm, "group_norm": group_norm, "pool": pool}[fusion.family].choose(
-                x, backend
-            )
+        if fusion.family in _CHOICES:
+            return _CHOICES[fusion.family](x, backend)
         return "reference"
 
     def _add_left(self, prefix: str, module: nn.Module, left: Left) -> None:
@@ -318,7 +335,8 @@ class _Rows:
         return Row(path, kind, False, "stock", self._reason(path, layer), 1, counts, flops, moved)
 
     def _reason(self, path: str, layer: nn.Module | None) -> str:
-        if layer is not None and not is_layer(layer) and not isinstance(layer, (*_GROUP_NORMS, *pool.POOLS)):
+        others = (*_GROUP_NORMS, *pool.POOLS, nn.LocalResponseNorm)
+        if layer is not None and not is_layer(layer) and not isinstance(layer, others):
             own = not is_stock(type(layer))
             return f"{type(layer).__name__} " + ("has a forward of its own" if own else "has no fused form")
         container_path, container = self._container_of(path)
@@ -381,6 +399,8 @@ def _stock_kind(layer: nn.Module) -> str:
         return "rms_norm" if isinstance(layer, nn.RMSNorm) else "layer_norm"
     if isinstance(layer, _GROUP_NORMS):
         return norm_kind(layer)
+    if isinstance(layer, nn.LocalResponseNorm):
+        return "response norm"
     return "pool" if isinstance(layer, pool.POOLS) else "bn"
 
 

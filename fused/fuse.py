@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from fastnets.fused.chains import Memory, name_of
+from fastnets.fused.excite_patterns import ExciteFinder
 from fastnets.fused.layout import LayoutError
 from fastnets.fused.patterns import ConvFinder, is_batch_norm, is_convolution
 from fastnets.fused.transformer_patterns import TransformerFinder, is_attention, is_linear, is_norm
@@ -26,7 +27,8 @@ def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[s
     graph whose meaning depends on the layout of its tensors.
     """
     memory = Memory(graph, dict(root.named_modules(remove_duplicate=False)))
-    finders = [kind(graph, root, backend, keep_stock, memory) for kind in (ConvFinder, TransformerFinder)]
+    kinds = (ConvFinder, TransformerFinder, ExciteFinder)
+    finders = [kind(graph, root, backend, keep_stock, memory) for kind in kinds]
     for finder in finders:
         finder.fuse()
     memory.forget()

@@ -19,6 +19,11 @@ from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import has_hooks, in_transform
 
 
+def choose(x: Tensor, backend: str) -> str:
+    """The implementation that serves a call: see ``dispatch.triton_or_reference``."""
+    return dispatch.triton_or_reference(x, backend)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -38,7 +43,7 @@ def _stock(x, size, alpha, beta, k, relu) -> Tensor:
 
 def _body(x, size, alpha, beta, k, relu, backend):
     _validate(x, size)
-    if x.numel() and dispatch.triton_or_reference(x, backend) == "triton":
+    if x.numel() and choose(x, backend) == "triton":
         from fastnets.kernels.response_norm import local_response_norm as launch
 
         return launch(x, size, alpha=alpha, beta=beta, k=k, relu=relu)
@@ -59,7 +64,7 @@ def _window_sum(t: Tensor, before: int, after: int) -> Tensor:
 
 
 def _backward_body(dy, x, size, alpha, beta, k, relu, backend):
-    if x.numel() and dispatch.triton_or_reference(x, backend) == "triton":
+    if x.numel() and choose(x, backend) == "triton":
         from fastnets.kernels.response_norm import local_response_norm_backward as launch
 
         return launch(dy, x, size, alpha=alpha, beta=beta, k=k, relu=relu)

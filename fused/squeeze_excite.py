@@ -24,6 +24,11 @@ from fastnets.fused.pool import is_channels_last
 _NAME = "squeeze_excite"
 
 
+def choose(x: Tensor, backend: str) -> str:
+    """The implementation that serves a call: see ``dispatch.triton_or_reference``."""
+    return dispatch.triton_or_reference(x, backend)
+
+
 def _validate(x, w1, b1, w2, b2, activation, gate) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"{_NAME}: x is {tuple(x.shape)} {x.dtype}, expected floating [N, C, H, W]")
@@ -63,7 +68,7 @@ def _forward_body(x, w1, b1, w2, b2, activation, gate, backend):
     """(y, mean [N, C] in x's dtype)."""
     _validate(x, w1, b1, w2, b2, activation, gate)
     x = _dense(x)
-    if x.numel() and dispatch.triton_or_reference(x, backend) == "triton":
+    if x.numel() and choose(x, backend) == "triton":
         from fastnets.kernels import squeeze_excite as kernels
         from fastnets.kernels.plane_mean import plane_mean
 
@@ -98,7 +103,7 @@ def _backward_body(dy, x, mean, w1, b1, w2, b2, activation, gate, backend):
     """The gradients of x and of the four parameters, empty tensors for those that are not there."""
     x = _dense(x)
     pixels = x.shape[2] * x.shape[3]
-    triton = x.numel() and dispatch.triton_or_reference(x, backend) == "triton"
+    triton = x.numel() and choose(x, backend) == "triton"
     if triton:
         from fastnets.kernels import squeeze_excite as kernels
         from fastnets.kernels.plane_mean import plane_mean

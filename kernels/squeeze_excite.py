@@ -4,8 +4,8 @@
 
 x [N, C, H, W], channels-last or contiguous; W₁ [S, C], W₂ [C, S]. The second kernel gives each program a run
 of pixels of one image: it computes h and g again, from weights in the cache, and reads no more of those than
-of x where the run has as many pixels as there are squeezed channels. Hu, Shen and Sun, "Squeeze-and-Excitation
-Networks", 2018. For the backward:
+of x where the run has as many pixels as there are squeezed channels. Hu, Shen and Sun,
+"Squeeze-and-Excitation Networks", 2018. For the backward:
 
     Σ = sums over pixels of dy · x (``plane_mean`` of a product);   dx = dy · g + dm / (H · W)
 """
