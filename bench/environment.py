@@ -112,6 +112,22 @@ def _cuda_driver() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
+def _gpu_state(device: torch.device) -> dict[str, str]:
+    """Driver and clocks of a GPU as ``nvidia-smi`` tells them; empty where it cannot be asked."""
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        identifier = str(torch.cuda.get_device_properties(index).uuid)
+        told = subprocess.run(
+            ["nvidia-smi", f"--id=GPU-{identifier}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return {}
+    values = [value.strip() for value in told.strip().split(",")]
+    return dict(zip(fields, values)) if len(values) == len(fields) else {}
+
+
 def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Everything about this process and machine that a reader of a figure may ask for.
 
@@ -148,6 +164,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         facts["device_memory_bytes"] = properties.total_memory
         facts["cuda"] = torch.version.cuda
         facts["cuda_driver"] = _cuda_driver()
+        facts["gpu"] = _gpu_state(device)
         facts["cudnn"] = torch.backends.cudnn.version()
         facts["cudnn_benchmark"] = torch.backends.cudnn.benchmark
         facts["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
@@ -180,6 +197,8 @@ def summary(facts: dict[str, Any]) -> list[str]:
             f"sm_{facts['capability'].replace('.', '')}, TF32 convolutions "
             f"{'on' if facts['tf32_convolutions'] else 'off'}",
         )
+        if facts.get("gpu"):
+            lines.insert(2, "gpu        " + ", ".join(f"{k} {v}" for k, v in facts["gpu"].items()))
     if facts["environment"]:
         lines.append("variables  " + " ".join(f"{k}={v}" for k, v in facts["environment"].items()))
     return lines

@@ -1,15 +1,17 @@
 """The suite around the clock: preparation, the accuracy gate, and what failures and Ctrl-C leave."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fastnets.bench import baselines, report, suite, training
+from fastnets.bench import baselines, report, suite, suites, training
 from fastnets.bench.baselines import Unavailable, Variant
 from fastnets.bench.networks import Network, settle_batch_norms
 from fastnets.fused.measure import OUT_OF_MEMORY
+from fastnets.models import list_models
 
 
 @pytest.fixture
@@ -108,6 +110,61 @@ def test_failures_are_told_apart(network, add):
         "broken": ("failed", "TypeError: no such option"),
         "missing": ("unavailable", "needs a device from next year"),
     }
+
+
+def test_out_of_memory_halves_the_batch_for_all_and_says_so(network, add):
+    def prepare(model, x):
+        if len(x) > 2:
+            torch.empty(1 << 60, dtype=torch.int8)
+        return model, x
+
+    result = suite.run_network(network, settings("eager", add("greedy", prepare), batch_size=9))
+    assert status(result) == {"eager": ("measured", ""), "greedy": ("measured", "")}
+    assert result.input_shape == (2, 3, 8, 8)
+    assert result.notes == [
+        "out of memory at batch 9 (greedy): now batch 4",
+        "out of memory at batch 4 (greedy): now batch 2",
+    ]
+    assert report.remarks(result)[0] == result.notes[0]
+    assert (
+        all(row.peak_bytes is not None for row in result.rows) or not Path("/proc/self/clear_refs").exists()
+    )
+
+
+def test_several_settings_are_run_for_each_network(network):
+    cases = [settings("eager", batch_size=size, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+             for size in (1, 2)]  # fmt: skip
+    run = suite.run([lambda: network, lambda: network], cases)
+    seen = [(result.input_shape[0], result.dtype) for result in run.results]
+    assert seen == [(1, "float32"), (2, "float32"), (1, "bfloat16"), (2, "bfloat16")] * 2
+
+
+def test_the_measured_mix_is_a_variant(network, monkeypatch, tmp_path):
+    from fastnets.fused import dispatch
+
+    monkeypatch.setenv("FASTNETS_CACHE_DIR", str(tmp_path))
+    dispatch.forget_measurements()
+    try:
+        result = suite.run_network(network, settings("eager", "fastnets-measured"))
+    finally:
+        dispatch.forget_measurements()
+    assert status(result)["fastnets-measured"] == ("measured", "")
+    assert list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_suites_name_networks_that_there_are(name):
+    loaded = []
+    built = suites.builders(name, lambda spec: loaded.append(spec))
+    assert len(built) >= 4
+    if name == "layers":
+        layer = built[4]()
+        assert layer.model(torch.randn(1, *layer.input_shape)).shape[1] == 256
+    else:
+        for build in built:
+            build()
+        assert set(loaded) <= set(list_models())
+        assert len(loaded) == len(set(loaded))
 
 
 def test_ctrl_c_while_measuring_keeps_the_rounds(network, add):

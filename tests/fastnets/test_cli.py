@@ -200,3 +200,41 @@ def test_the_allocator_option_starts_the_command_again(tmp_path):
     facts = json.loads(path.read_text())["environment"]
     assert facts["allocator"] == "keep-pages"
     assert facts["environment"]["MALLOC_MMAP_MAX_"] == "0"
+
+
+def test_tune_keeps_exports_and_takes_choices(tmp_path, monkeypatch):
+    from fastnets.fused import dispatch
+
+    monkeypatch.setenv("FASTNETS_CACHE_DIR", str(tmp_path / "here"))
+    dispatch.forget_measurements()
+    exported = tmp_path / "choices.json"
+    try:
+        text = run("tune", "lenet5", "-b", "2", "--device", "cpu", "--export", str(exported)).stdout
+        assert "distinct layers" in text
+        assert "sure" in text
+        count = len(json.loads(exported.read_text())["choices"])
+        assert count >= 3
+        monkeypatch.setenv("FASTNETS_CACHE_DIR", str(tmp_path / "there"))
+        assert f"{count} choices added" in run("tune", "--import", str(exported)).stdout
+    finally:
+        dispatch.forget_measurements()
+
+
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        (("tune", "lenet5", "--budget", "0"), "nothing can be measured in no time"),
+        (("tune", "lenet55"), "did you mean lenet5"),
+        (("tune",), "name networks to tune"),
+        (("tune", "--import", "/nowhere.json"), "cannot be read"),
+        (("tune", "lenet5", "--export", "/nowhere/choices.json"), "does not exist"),
+        (("bench",), "name networks, or a suite"),
+        (("bench", "--suite", "linage"), "did you mean 'lineage'"),
+        (("bench", "lenet5", "-b", "many"), "give numbers"),
+        (("bench", "lenet5", "--dtype", "float23"), "did you mean 'float32'"),
+        (("bench", "lenet5", "--variants", "eager,fastnet"), "did you mean 'fastnets'"),
+        (("bench", "lenet5", "-o", "/nowhere/run.html"), "does not exist"),
+    ],
+)
+def test_requests_that_cannot_be_served(words, fact):
+    assert fact in run(*words, expect=2).stderr
