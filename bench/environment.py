@@ -115,11 +115,12 @@ def _cuda_driver() -> str | None:
 def _gpu_state(device: torch.device) -> dict[str, str]:
     """Driver and clocks of a GPU, as ``nvidia-smi`` tells them; empty where it cannot be asked."""
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    asked = ",".join(fields)
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
         identifier = str(torch.cuda.get_device_properties(index).uuid)
         told = subprocess.run(
-            ["nvidia-smi", f"--id=GPU-{identifier}", "--query-gpu=" + ",".join(fields), "--format=csv,noheader"],
+            ["nvidia-smi", f"--id=GPU-{identifier}", f"--query-gpu={asked}", "--format=csv,noheader"],
             capture_output=True, text=True, check=True, timeout=10,
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError, AttributeError):

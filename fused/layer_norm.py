@@ -28,9 +28,9 @@ from fastnets.fused.batch_norm import has_hooks, in_transform
 # --- the implementations ------------------------------------------------------------------------------------
 
 
-def choose(x: Tensor, backend: str) -> str:
+def choose(x: Tensor, backend: str, op: str = "", *details: object) -> str:
     """The implementation that serves the ops: see ``dispatch.triton_or_reference``."""
-    return dispatch.triton_or_reference(x, backend, refuses="does not normalise")
+    return dispatch.triton_or_reference(x, backend, op=op, details=details, refuses="does not normalise")
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -73,7 +73,8 @@ def _reference(s, weight, bias, dims, eps, centred) -> tuple[Tensor, Tensor, Ten
 def _run(x, before, after, weight, bias, dims, eps, centred, dtype, keep, backend):
     """(y, sum or None, mean or None, rstd or None)."""
     _validate(x, before, after, weight, bias, dims)
-    if choose(x, backend) == "triton":
+    adds = before is not None, after is not None
+    if choose(x, backend, "layer_norm", x.shape[-1], dims, centred, *adds, keep) == "triton":
         from fastnets.kernels.layer_norm import layer_norm as launch
 
         return launch(x, dims, weight, bias, before, after, eps=eps, centred=centred, dtype=dtype, keep=keep)
