@@ -4,10 +4,9 @@
     out = dropout(softmax(s)) v,   lse = log Σ exp(s)
 
 q [..., H, M, D], k [..., HK, N, D], v [..., HK, N, D_V]. Implementations: our kernels ("triton"), PyTorch's
-``scaled_dot_product_attention`` ("library") and the composition that defines the op ("reference"). On CUDA
-ours take what PyTorch's flash kernels do not (masks, bias, windows, soft-capping, ALiBi, packed sequences)
-and the short sequences of vision Transformers, where no projection is copied; long sequences are PyTorch's.
-On the CPU it is PyTorch's wherever that can express the call.
+``scaled_dot_product_attention`` ("library") and the composition that defines the op ("reference"). PyTorch's
+function runs wherever it can express the call, on CUDA unless there is a mask or bias that its flash and
+cuDNN kernels do not take; ours run those, and windows, soft-capping, ALiBi and packed sequences.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from fastnets.kernels.attention_problem import UNBOUNDED, Options, check_attenti
 from fastnets.kernels.device import current_device
 
 LOG2E = 1.4426950408889634
-# On CUDA, without anything that PyTorch lacks: head dims and lengths up to which our kernels are chosen.
-SHORT_HEAD_DIM, SHORT_LENGTH = 64, 1024
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? seed, "
@@ -451,14 +448,13 @@ def _chooses_library(query, key, value, additive, lacking: bool, backend: str) -
     if device_type != "cuda":
         return True
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    head_dim = max(query.shape[-1], value.shape[-1])
-    if dtype not in dispatch.OUR_DTYPES or head_dim > 256 or current_device(query).capability < 80:
+    if additive is None or dtype not in dispatch.OUR_DTYPES or max(query.shape[-1], value.shape[-1]) > 256:
+        # Measured on an H200 in bf16: 28.4 µs against our 29.3 for a ViT-B's 32 × 12 × 197 × 64, 184 against
+        # 189 for 2 × 16 × 4096 × 64 causal, 260 against 304 with head dim 128.
         return True
     if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
         return True
-    if additive is not None:
-        return False
-    return head_dim > SHORT_HEAD_DIM or max(query.shape[-2], key.shape[-2]) > SHORT_LENGTH
+    return current_device(query).capability < 80
 
 
 def _bounds(window, is_causal: bool) -> tuple[int, int]:

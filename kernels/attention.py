@@ -31,7 +31,7 @@ from fastnets.kernels.attention_tile import (
     locate,
     spans,
 )
-from fastnets.kernels.device import Device
+from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, launch, tiles
 
 __all__ = ["attention_forward", "configs", "representative_calls"]
@@ -243,7 +243,7 @@ def _launch_of(problem: Problem, config: Config | None):
 
 
 def _run(call: AttentionCall, config: Config | None = None):
-    check_config(config, forward_configs_for(call.dtype, call.block_d))
+    check_config(config, forward_configs_for(call.dtype, call.block_d, current_device()))
     q, k, v, options, extra = call.tensors()
     return attention_forward(q, k, v, options, **extra, keep_lse=call.keep_lse, config=config)
 

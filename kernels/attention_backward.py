@@ -32,7 +32,7 @@ from fastnets.kernels.attention_tile import (
     spans,
     weights,
 )
-from fastnets.kernels.device import Device
+from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, launch, tiles
 
 __all__ = ["attention_backward", "configs", "representative_calls"]
@@ -414,7 +414,7 @@ def attention_backward(
 
 
 def _run(call: AttentionCall, config: Config | None = None):
-    check_config(config, backward_configs_for(call.dtype, call.block_d))
+    check_config(config, backward_configs_for(call.dtype, call.block_d, current_device()))
     q, k, v, options, extra = call.tensors()
     o, lse = call.result()
     return attention_backward(o, None, q, k, v, o, lse, options, **extra, config=config)

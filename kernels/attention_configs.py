@@ -27,60 +27,48 @@ def _forward(m: int, n: int, warps: int, stages: int) -> Config:
     return Config(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
 
 
-# By head dim, padded: (whole tiles of queries, short ones). Two-byte dtypes, then fp32.
-_FORWARD = {
-    16: (_forward(128, 64, 4, 3), _forward(64, 64, 4, 3)),
-    32: (_forward(128, 64, 4, 3), _forward(64, 64, 4, 3)),
-    64: (_forward(128, 64, 4, 3), _forward(64, 64, 4, 3)),
-    128: (_forward(128, 64, 8, 2), _forward(64, 64, 4, 2)),
-    256: (_forward(64, 32, 8, 2), _forward(64, 32, 8, 2)),
-}
-_FORWARD_FP32 = {
-    16: (_forward(64, 32, 4, 2), _forward(32, 32, 4, 2)),
-    32: (_forward(64, 32, 4, 2), _forward(32, 32, 4, 2)),
-    64: (_forward(64, 32, 4, 2), _forward(32, 32, 4, 2)),
-    128: (_forward(32, 32, 4, 1), _forward(32, 32, 4, 1)),
-    256: (_forward(16, 16, 8, 1), _forward(16, 16, 8, 1)),
-}
-
-
-def forward_configs(device: Device) -> list[Config]:
-    """Every config that ``forward_config`` may pick; none without matrix units."""
-    if device.capability < MATRIX_UNITS:
-        return []
-    return list(
-        dict.fromkeys(c for table in (_FORWARD, _FORWARD_FP32) for pair in table.values() for c in pair)
-    )
-
-
-def forward_configs_for(dtype: torch.dtype, head_dim: int) -> tuple[Config, ...]:
-    """Those that may be picked for a dtype and a padded head dim."""
-    return (_FORWARD_FP32 if dtype == torch.float32 else _FORWARD)[head_dim]
-
-
-def backward_configs_for(dtype: torch.dtype, head_dim: int) -> tuple[Config, ...]:
-    """Those that may be picked for a dtype and a padded head dim."""
-    found = (_BACKWARD_FP32 if dtype == torch.float32 else _BACKWARD).get(head_dim)
-    return () if found is None else (found,)
-
-
-def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device) -> Config:
-    """head_dim: the greater of q's and v's, a power of two."""
-    table = _FORWARD_FP32 if dtype == torch.float32 else _FORWARD
-    return table[head_dim][M <= 64]
-
-
 def _backward(n: int, step_m: int, m: int, step_n: int, warps: int, stages: int) -> Config:
     """Tiles of keys n that go through queries by step_m, and of queries m that go through keys by step_n."""
     return Config(BLOCK_N=n, STEP_M=step_m, BLOCK_M=m, STEP_N=step_n, num_warps=warps, num_stages=stages)
 
 
+def _by_length(short: Config, long: Config) -> tuple:
+    return (64, short), (None, long)
+
+
+# By padded head dim: (the most queries, config), the first that fits. Two-byte dtypes, those on sm_90, fp32.
+_FORWARD = {
+    16: _by_length(_forward(64, 64, 4, 3), _forward(128, 64, 4, 3)),
+    32: _by_length(_forward(64, 64, 4, 3), _forward(128, 64, 4, 3)),
+    64: _by_length(_forward(64, 64, 4, 3), _forward(128, 64, 4, 3)),
+    128: _by_length(_forward(64, 64, 4, 2), _forward(128, 64, 8, 2)),
+    256: ((None, _forward(64, 32, 8, 2)),),
+}
+# The quickest of those tried on an H200 with 197 queries of head dim 64 and 4,096 causal ones of 64 and 128.
+_FORWARD_SM90 = {
+    **_FORWARD,
+    64: ((64, _forward(64, 32, 4, 3)), (512, _forward(128, 32, 4, 3)), (None, _forward(64, 64, 4, 3))),
+    128: ((None, _forward(64, 64, 4, 3)),),
+}
+_FORWARD_FP32 = {
+    16: _by_length(_forward(32, 32, 4, 2), _forward(64, 32, 4, 2)),
+    32: _by_length(_forward(32, 32, 4, 2), _forward(64, 32, 4, 2)),
+    64: _by_length(_forward(32, 32, 4, 2), _forward(64, 32, 4, 2)),
+    128: ((None, _forward(32, 32, 4, 1)),),
+    256: ((None, _forward(16, 16, 8, 1)),),
+}
 _BACKWARD = {
     16: _backward(64, 64, 64, 64, 4, 2),
     32: _backward(64, 64, 64, 64, 4, 2),
     64: _backward(128, 64, 128, 64, 8, 2),
     128: _backward(64, 32, 64, 32, 8, 2),
     256: _backward(32, 32, 32, 32, 8, 1),
+}
+# Head dim 64: measured likewise. 128: what does not spill; 128/64 tiles with 8 warps do, and are quicker.
+_BACKWARD_SM90 = {
+    **_BACKWARD,
+    64: _backward(64, 32, 64, 32, 4, 3),
+    128: _backward(32, 32, 32, 32, 4, 2),
 }
 _BACKWARD_FP32 = {
     16: _backward(32, 32, 32, 32, 4, 2),
@@ -90,18 +78,56 @@ _BACKWARD_FP32 = {
 }
 
 
+def _forward_table(dtype: torch.dtype, device: Device) -> dict:
+    if dtype == torch.float32:
+        return _FORWARD_FP32
+    return _FORWARD_SM90 if device.capability == 90 else _FORWARD
+
+
+def _backward_table(dtype: torch.dtype, device: Device) -> dict:
+    if dtype == torch.float32:
+        return _BACKWARD_FP32
+    return _BACKWARD_SM90 if device.capability == 90 else _BACKWARD
+
+
+def forward_configs_for(dtype: torch.dtype, head_dim: int, device: Device) -> list[Config]:
+    """Those that ``forward_config`` may pick for a dtype and a padded head dim."""
+    return [config for _, config in _forward_table(dtype, device)[head_dim]]
+
+
+def backward_configs_for(dtype: torch.dtype, head_dim: int, device: Device) -> list[Config]:
+    """Those that ``backward_config`` may pick for a dtype and a padded head dim."""
+    table = _backward_table(dtype, device)
+    return [table[head_dim]] if head_dim in table else []
+
+
+def forward_configs(device: Device) -> list[Config]:
+    """Every config that ``forward_config`` may pick; none without matrix units."""
+    if device.capability < MATRIX_UNITS:
+        return []
+    tables = (_forward_table(dtype, device) for dtype in (torch.float16, torch.float32))
+    return list(dict.fromkeys(config for table in tables for row in table.values() for _, config in row))
+
+
 def backward_configs(device: Device) -> list[Config]:
     """Every config that ``backward_config`` may pick; none without matrix units."""
     if device.capability < MATRIX_UNITS:
         return []
-    return list(dict.fromkeys((*_BACKWARD.values(), *_BACKWARD_FP32.values())))
+    tables = (_backward_table(dtype, device) for dtype in (torch.float16, torch.float32))
+    return list(dict.fromkeys(config for table in tables for config in table.values()))
+
+
+def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device) -> Config:
+    """head_dim: the greater of q's and v's, a power of two."""
+    row = _forward_table(dtype, device)[head_dim]
+    return next(config for most, config in row if most is None or M <= most)
 
 
 def backward_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:
     """head_dim: the greater of q's and v's, a power of two; in fp32 at most 128, wider ones do not fit."""
     if dtype == torch.float32 and head_dim > 128:
         raise ValueError("attention: the backward kernel takes head dims up to 128 in float32")
-    return (_BACKWARD_FP32 if dtype == torch.float32 else _BACKWARD)[head_dim]
+    return _backward_table(dtype, device)[head_dim]
 
 
 def bias_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastnets
 from fastnets.fused import dispatch
-from fastnets.fused.attention import attention
+from fastnets.fused.attention import _chooses_library, attention
 from tests.accuracy import assert_close_to, assert_exact
 
 ops = torch.ops.fastnets
@@ -300,3 +300,17 @@ def test_heads_and_head_dims_that_do_not_fit_are_named():
         attention(wide, wide, wide, backend="triton")
     with pytest.raises(dispatch.UnsupportedByBackend, match="float64"):
         attention(*[torch.ones(1, 1, 4, 8).double()] * 3, backend="triton")
+
+
+def test_who_runs_on_cuda():
+    def runs(dtype=torch.bfloat16, **options):
+        q = torch.empty(2, 12, 197, 64, dtype=dtype, device="meta")
+        if "attn_mask" in options:
+            options["attn_mask"] = torch.empty(197, 197, dtype=torch.bool, device="meta")
+        with dispatch.assume_device_type("cuda"):
+            kept = _chooses_library(q, q, q, options.get("attn_mask"), "window" in options, "auto")
+        return "library" if kept else "triton"
+
+    assert runs() == "library"
+    assert runs(window=3) == runs(attn_mask=True) == "triton"
+    assert runs(torch.float64, attn_mask=True) == "library"
