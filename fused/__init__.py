@@ -18,10 +18,12 @@ from fastnets.fused.layer_norm import (
 )
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
 from fastnets.fused.linear import LinearAct, linear_act
+from fastnets.fused.multihead_attention import MultiheadAttention
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 from fastnets.fused.response_norm import LocalResponseNorm, local_response_norm
 from fastnets.fused.rope import apply_rope
 from fastnets.fused.squeeze_excite import SqueezeExcite
+from fastnets.fused.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -42,9 +44,13 @@ __all__ = [
     "LinearAct",
     "LocalResponseNorm",
     "MaxPool2d",
+    "MultiheadAttention",
     "RMSNorm",
     "SqueezeExcite",
     "StochasticDepth",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "add_layer_norm",
     "add_rms_norm",
     "apply_rope",

@@ -457,6 +457,13 @@ def _chooses_library(query, key, value, additive, lacking: bool, backend: str) -
     return current_device(query).capability < 80
 
 
+def implementation_of(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> str:
+    """What runs for a call with SDPA's arguments alone: "library", "triton" or "reference"."""
+    if _chooses_library(query, key, value, None, False, backend):
+        return "library"
+    return choose(query, key, value, backend)
+
+
 def _bounds(window, is_causal: bool) -> tuple[int, int]:
     """(left, right) of ``Options``."""
     left = right = UNBOUNDED

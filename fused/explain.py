@@ -16,16 +16,17 @@ from fastnets.fused import (
     cuda_graphs,
     dispatch,
     group_norm,
-    layer_norm,
     linear,
     pool,
     response_norm,
     squeeze_excite,
 )
+from fastnets.fused.attention import implementation_of as implementation_of_attention
 from fastnets.fused.capture import CaptureError, capture, has_hooks
 from fastnets.fused.chains import Fusion, Left
 from fastnets.fused.fuse import is_layer
 from fastnets.fused.known_forwards import fusions_of
+from fastnets.fused.layer_norm import choose as choose_norm
 from fastnets.fused.layout import is_stock
 from fastnets.fused.optimize import restore
 from fastnets.fused.patterns import is_batch_norm, norm_kind
@@ -42,7 +43,7 @@ _LAYERS = (
 # Which implementation the op of a family of fused calls would choose.
 _CHOICES = {
     "bn": batch_norm.choose,
-    "norm": layer_norm.choose,
+    "norm": choose_norm,
     "group_norm": group_norm.choose,
     "pool": pool.choose,
     "excite": squeeze_excite.choose,
@@ -312,6 +313,8 @@ class _Rows:
         if fusion.family == "linear" and fusion.layers:
             act = layers.get("act")
             return linear.implementation_of(layers["linear"], act, fusion.activation, x, backend=backend)
+        if fusion.family == "attention":
+            return implementation_of_attention(*self.shapes.heads_for(path, head), backend)
         if fusion.family in _CHOICES:
             return _CHOICES[fusion.family](x, backend)
         return "reference"
@@ -503,6 +506,16 @@ class _Shapes:
             names = ("in_channels", "num_features", "num_channels")
             shape = (1, next((getattr(layer, n) for n in names if hasattr(layer, n)), 64), 14, 14)
         return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def heads_for(self, path: str, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Meta tensors like the query, key and value of the attention at ``path``."""
+        if isinstance(layer, nn.MultiheadAttention):
+            x = self.example_for(path, layer)
+            N, L = (1, x.shape[0]) if x.dim() == 2 else x.shape[:2] if layer.batch_first else x.shape[1::-1]
+            shape = (N, layer.num_heads, L, layer.head_dim)
+            return (torch.empty(shape, dtype=self.dtype, device="meta"),) * 3
+        shapes = self.attention.get(path, [[(1, 12, 197, 64)] * 3])[0][:3]
+        return tuple(torch.empty(shape, dtype=self.dtype, device="meta") for shape in shapes)
 
     def cost(self, path: str, layer: nn.Module | None, parts: list[str]) -> tuple[int | None, int | None]:
         """FLOPs of the layer at ``path``; bytes that stock moves for it and the operations after it."""

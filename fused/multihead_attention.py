@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnets.fused import dispatch
+from fastnets.fused.attention import attention
 from fastnets.fused.batch_norm import in_transform
 from fastnets.fused.handing_down import finish
 from fastnets.fused.linear import call_linear
-from fastnets.fused.transformer_calls import attention
 
 
 def attend(

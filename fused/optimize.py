@@ -308,10 +308,10 @@ class _Network:
 
     @staticmethod
     def _containers_of_layers(order: list[nn.Module]) -> set[nn.Module]:
-        """The modules that are, or hold, a layer, or parameters for their own code to use."""
+        """The modules that are, or hold, a layer; of users' own, also those with parameters, or that attend."""
         found: set[nn.Module] = set()
         for module in order:
-            own = bool(module._parameters) and not is_stock(type(module))
+            own = not is_stock(type(module)) and (bool(module._parameters) or attends(type(module)))
             if own or is_layer(module) or any(c in found for c in module.children()):
                 found.add(module)
         return found
@@ -370,6 +370,11 @@ class _Network:
                 return True
             ancestors += self._callers(ancestor)
         return False
+
+
+def attends(cls: type[nn.Module]) -> bool:
+    """Whether code of the class calls PyTorch's attention."""
+    return "scaled_dot_product_attention" in names_read_by(cls)
 
 
 def _only_holds(module: nn.Module) -> bool:

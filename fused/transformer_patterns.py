@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastnets.fused.attention import attention
 from fastnets.fused.batch_norm import has_hooks, in_transform
 from fastnets.fused.capture import CaptureError, capture
 from fastnets.fused.chains import FRESH_FUNCTIONS, Chain, ChainFinder, Fusion, Left, addends, name_of, writes
@@ -27,7 +28,6 @@ from fastnets.fused.handing_down import call_then_add, ends_in_linear, finish
 from fastnets.fused.layer_norm import call_layer_norm, layer_norm
 from fastnets.fused.layout import is_stock
 from fastnets.fused.linear import call_linear, call_linear_act
-from fastnets.fused.transformer_calls import attention
 
 _MULTIPLY = (operator.mul, torch.mul, "mul", "mul_")
 _RESHAPING = ("reshape", "view", "unsqueeze", "flatten", "squeeze")

@@ -12,6 +12,7 @@ from fastnets.bench.counter import Moved
 from fastnets.bench.traffic import Comparison, Traffic, compare, count, main
 from fastnets.fused import conv as fused_conv
 from fastnets.fused import dispatch
+from fastnets.fused.optimize import optimize
 from fastnets.models import create_model
 
 FLOAT = 4
@@ -616,3 +617,19 @@ class TestCommand:
 
 def _joined(capsys) -> str:
     return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_vision_transformer_moves_little_more_than_half():
+    """Two blocks of torchvision's ViT; ``python -m fastnets.bench.traffic torchvision:vit_b_16 -b 32
+    --backend triton`` counts the whole one."""
+    vision = pytest.importorskip("torchvision.models.vision_transformer")
+    stock = vision.VisionTransformer(64, 16, 2, 4, 256, 1024, num_classes=10).eval().to("meta")
+    images = torch.empty(32, 3, 64, 64, device="meta")
+    with dispatch.assume_device_type("cuda"), dispatch.backend("triton"):
+        counted = compare(stock, optimize(stock), images)
+    assert counted.fast.flops == counted.stock.flops
+    activations = 32 * 17 * 256 * 4  # bytes of one [N, tokens, width]
+    per_block = 26 * activations + 12 * 256 * 256 * 4
+    rest = counted.fast.bytes - 2 * per_block
+    assert 0 < rest < 10 * activations, "a block moves more than its norms, projections and attention must"
+    assert counted.ratio < 0.6
