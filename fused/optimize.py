@@ -308,7 +308,7 @@ class _Network:
 
     @staticmethod
     def _containers_of_layers(order: list[nn.Module]) -> set[nn.Module]:
-        """The modules that are, or hold, a layer; of users' own, also those with parameters, or that attend."""
+        """The modules that are, or hold, a layer; of users' own, also those with parameters or attention."""
         found: set[nn.Module] = set()
         for module in order:
             own = not is_stock(type(module)) and (bool(module._parameters) or attends(type(module)))
