@@ -1,6 +1,5 @@
 """The tour of the lineage: counted, complete, and every name in it exists."""
 
-import pytest
 import torch
 
 from fastnets.bench import lineage
@@ -26,6 +25,5 @@ def test_the_page_has_a_line_and_a_section_for_each_network(tmp_path):
     assert "<svg" in page.with_suffix(".svg").read_text()
 
 
-@pytest.mark.skip("until the last models are in")
 def test_the_tour_names_networks_that_exist():
     assert set(lineage.LINEAGE) <= set(list_models())
