@@ -367,13 +367,17 @@ def test_small_or_learning_layers_stay_stock_on_the_cpu():
 
 
 def test_without_a_measurement_ours_serves_where_a_pass_is_dear():
-    h100 = DEVICES["h100"]
-
-    def chosen(M, N, K, activation="none", extra=True, size=2, precision="ieee"):
-        return _unmeasured(M, N, K, size, precision, extra, activation, h100)
+    def chosen(M, N, K, activation="none", extra=True, size=2, precision="ieee", device="a100"):
+        return _unmeasured(M, N, K, size, precision, extra, activation, DEVICES[device])
 
     assert chosen(25216, 3072, 768, "gelu", False) == "triton"  # ViT-B/16, 128 images
     assert chosen(25216, 768, 768) == "triton"
+    for M, N, K, activation, extra in (  # as measured on an H200
+        (6304, 3072, 768, "gelu", False),
+        (6304, 768, 3072, "none", True),
+        (6304, 768, 768, "none", True),
+    ):
+        assert chosen(M, N, K, activation, extra, device="h200") == "library"
     assert chosen(8192, 8192, 8192) == "library"
     assert chosen(25216, 3072, 768, "none", False) == "library"
     assert chosen(25216, 3072, 768, "relu", False) == "library"  # cuBLASLt's own epilogue
