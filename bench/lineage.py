@@ -47,7 +47,6 @@ LINEAGE = (
     "swin_t",
     "convnext_tiny",
     "dinov2_s_14",
-    "eva02_b_14",
 )
 """The networks of the tour, by year."""
 
