@@ -20,6 +20,7 @@ from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
 from fastnets.fused.linear import LinearAct, linear_act
 from fastnets.fused.multihead_attention import MultiheadAttention
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
+from fastnets.fused.preactivation import bn_act_conv_bn_act
 from fastnets.fused.response_norm import LocalResponseNorm, local_response_norm
 from fastnets.fused.rope import apply_rope
 from fastnets.fused.squeeze_excite import SqueezeExcite
@@ -55,6 +56,7 @@ __all__ = [
     "add_rms_norm",
     "apply_rope",
     "attention",
+    "bn_act_conv_bn_act",
     "bn_add_act",
     "conv_bn_act",
     "distillation_loss",

@@ -152,7 +152,7 @@ def _autograd(x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation,
     return add_act(x, norm, residual, activation, negative_slope, choose(x, backend))
 
 
-_differentiable = dispatch.register("bn_add_act" + _SCHEMA, _body, _fake, autograd=_autograd)
+_differentiable = bn_add_act_op = dispatch.register("bn_add_act" + _SCHEMA, _body, _fake, autograd=_autograd)
 
 
 def bn_add_act(

@@ -212,7 +212,7 @@ def _body(
     if call is not None:
         return call(tensors)
     weights = Weights(weight, *vectors)
-    shape = _validate(x, weights, residual, options)
+    shape = validate_convolution(x, weights, residual, options)
     implementation = choose(x, weight, groups, activation, backend, wanted)
     if implementation == "reference" or x.numel() == 0:
         return _reference(x, weights, residual, options)
@@ -267,7 +267,7 @@ def _folding_pays(shape: tuple, weight: Tensor) -> bool:
     return N * K * P * Q > max(2 * weight.numel(), 1 << 17)
 
 
-def _validate(x: Tensor, weights: Weights, residual: Tensor | None, options: Options) -> tuple:
+def validate_convolution(x: Tensor, weights: Weights, residual: Tensor | None, options: Options) -> tuple:
     """The shape of the result; errors name the argument, the fact and the remedy."""
     weight = weights.weight
     if x.dim() != 4 or weight.dim() != 4:
@@ -316,7 +316,7 @@ def _validate(x: Tensor, weights: Weights, residual: Tensor | None, options: Opt
 
 
 def _fake(x, *arguments):
-    shape = _validate(x, Weights(*arguments[:6]), arguments[6], Options(*arguments[7:14]))
+    shape = validate_convolution(x, Weights(*arguments[:6]), arguments[6], Options(*arguments[7:14]))
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
@@ -425,6 +425,13 @@ _differentiable = dispatch.register(
     "conv_bn_act" + _SCHEMA, _body, _fake, autograd=_autograd, autocast=_autocast, flops=_flops
 )
 
+conv_bn_act_op = _differentiable
+
+
+def conv_below_autograd(x: Tensor, *arguments: object) -> Tensor:
+    """The op below autograd; its computation alone where nobody watches."""
+    return (_infer if watched(x) else _body)(x, *arguments)
+
 
 def conv_bn_act(
     x: Tensor,
@@ -515,7 +522,7 @@ def _call_in_training(
     weight = conv._parameters.get("weight")
     seen = x.z if x.__class__ is Pending else x
     learns = bn is not None and (uses_batch_statistics(bn) or torch.is_grad_enabled())
-    if (learns or x.__class__ is Pending) and not _must_run_stock(conv, bn, act, seen, weight, residual):
+    if (learns or x.__class__ is Pending) and not must_run_stock(conv, bn, act, seen, weight, residual):
         return train(conv, bn, act, x, residual, activation, negative_slope, backend, forks=forks, **options)
     if x.__class__ is Pending:
         x = x.compute()
@@ -536,12 +543,12 @@ def _learns_as_stock(x: Tensor, activation: str, backend: str) -> bool:
 
 
 def _call(conv, bn, act, x, residual, activation, negative_slope, backend, residual_dies):
-    weight, bias, *bn_vectors = weights = _weights_of(conv, bn)
+    weight, bias, *bn_vectors = weights = weights_of(conv, bn)
     if bn is not None and bn_vectors[0] is None:  # batch statistics in evaluation, too
         return _call_in_training(conv, bn, act, x, residual, activation, negative_slope, backend)
     grad = torch.is_grad_enabled()
     alone = bn is None and residual is None and activation == "none"
-    if (grad and (alone or _too_small_to_fold(x, weight, backend))) or _must_run_stock(
+    if (grad and (alone or _too_small_to_fold(x, weight, backend))) or must_run_stock(
         conv, bn, act, x, weight, residual
     ):
         if grad and weight is not None:
@@ -554,13 +561,13 @@ def _call(conv, bn, act, x, residual, activation, negative_slope, backend, resid
     options = (conv.stride, padding, conv.dilation, conv.groups, eps, activation, negative_slope, backend)
     if grad:
         return _differentiable(x, weight, bias, *bn_vectors, residual, *options)
-    if _watched(x):
+    if watched(x):
         return _infer(x, weight, bias, *bn_vectors, residual, *options)
     in_place = residual_dies != "" and may_overwrite(residual, residual_dies)
     return _body(x, *weights, residual, *options, in_place)  # what the dispatcher would call, 8 µs earlier
 
 
-def _weights_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:
+def weights_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:
     """The layer's tensors in the order of ``Weights``, read past nn.Module's slow attribute look-up."""
     parameters = conv._parameters
     if bn is None:
@@ -576,7 +583,7 @@ def _weights_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:
     )
 
 
-def _watched(x: Tensor) -> bool:
+def watched(x: Tensor) -> bool:
     """Whether anything wants to see the op itself: a compiler, a tracer, autocast or a dispatch mode."""
     return (
         torch.compiler.is_compiling()
@@ -588,7 +595,7 @@ def _watched(x: Tensor) -> bool:
     )
 
 
-def _must_run_stock(conv, bn, act, x, weight, residual) -> bool:
+def must_run_stock(conv, bn, act, x, weight, residual) -> bool:
     return (
         conv.__class__ is not nn.Conv2d
         or weight.__class__ not in _PLAIN_WEIGHTS
@@ -658,9 +665,9 @@ def implementation_of(
     """
     weight = conv._parameters.get("weight")
     if bn is not None and uses_batch_statistics(bn):
-        plain = not _must_run_stock(conv, bn, act, x, weight, None)
+        plain = not must_run_stock(conv, bn, act, x, weight, None)
         return training_implementation(x, weight, conv.groups, backend) if plain else "stock"
-    if (torch.is_grad_enabled() and _too_small_to_fold(x, weight, backend)) or _must_run_stock(
+    if (torch.is_grad_enabled() and _too_small_to_fold(x, weight, backend)) or must_run_stock(
         conv, bn, act, x, weight, None
     ):
         return "stock"

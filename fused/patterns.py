@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
 
+from fastnets.fused import preactivation
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.batch_norm import call_bn_add_act
 from fastnets.fused.chains import (
@@ -35,6 +37,7 @@ from fastnets.fused.conv_training import Pending
 from fastnets.fused.group_norm import GROUP_NORMS, call_group_norm_act
 from fastnets.fused.ownership import GIVEN, MADE_HERE
 from fastnets.fused.pool import POOLS, call_pool2d
+from fastnets.fused.preactivation import call_preactivated_conv
 
 
 def call_conv_bn_iadd_act(onto_residual: bool, *arguments: object, **options: object) -> Tensor:
@@ -193,7 +196,11 @@ class ConvFinder(ChainFinder):
             self.left.append(Left(node.target if node.op == "call_module" else node.name, kind, reason))
 
 
-_CONV_CALLS = {call_conv_bn_act: 3, call_conv_bn_iadd_act: 4}  # position of x; the residual comes next
+_CONV_CALLS = {
+    call_conv_bn_act: 3,
+    call_conv_bn_iadd_act: 4,
+    call_preactivated_conv: 7,
+}  # position of x; the residual comes next
 
 
 def mark_dying_residuals(graph: fx.Graph, modules: dict[str, nn.Module]) -> int:
@@ -222,6 +229,39 @@ def mark_dying_residuals(graph: fx.Graph, modules: dict[str, nn.Module]) -> int:
             continue
         marked += 1
     return marked
+
+
+def join_preactivations(graph: fx.Graph, modules: dict[str, nn.Module], fusions: tuple) -> tuple:
+    """Let 1×1 convolutions normalise what they load where they alone read a batch norm's result.
+
+    For graphs of inference, after ``fuse``, whose ``fusions`` are returned with those that joined as one.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not call_conv_bn_act:
+            continue
+        conv, bn, act, x, residual, *rest = node.args
+        if not isinstance(x, fx.Node) or x.target is not call_bn_add_act or list(x.users) != [node]:
+            continue
+        before, act_before, source, added, activation, slope, _ = x.args
+        if added is not None or residual is x or not preactivation.serves(modules[conv.target]):
+            continue
+        with graph.inserting_before(node):
+            arguments = (before, act_before, activation, slope, conv, bn, act, source, residual, *rest)
+            fused = graph.call_function(call_preactivated_conv, arguments)
+        node.replace_all_uses_with(fused)
+        graph.erase_node(node)
+        graph.erase_node(x)
+        fusions = _joined(fusions, before.target, conv.target)
+    return fusions
+
+
+def _joined(fusions: tuple, before: str, conv: str) -> tuple:
+    """The fusions, with that of a batch norm and that of the convolution after it as one."""
+    first = next(f for f in fusions if f.family == "bn" and f.path("bn") == before)
+    second = next(f for f in fusions if f.family == "conv" and f.path("conv") == conv)
+    layers = (*second.layers, *((f"{role} before", path) for role, path in first.layers))
+    one = replace(second, kind=f"{first.kind}+{second.kind}", layers=layers)
+    return tuple(one if f is second else f for f in fusions if f is not first)
 
 
 def _reads_as_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

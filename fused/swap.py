@@ -52,7 +52,7 @@ from fastnets.fused.layout import (
 )
 from fastnets.fused.memory import in_chunks
 from fastnets.fused.ownership import run_in_sequence
-from fastnets.fused.patterns import is_batch_norm, is_convolution, mark_dying_residuals
+from fastnets.fused.patterns import is_batch_norm, is_convolution, join_preactivations, mark_dying_residuals
 from fastnets.fused.training_graph import link, shows_input
 from fastnets.fused.transformer_patterns import (
     ending_in_addition,
@@ -256,9 +256,9 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
         if condition.training:
             link(graph, recipe.save)
         else:
-            variant.overwrites = mark_dying_residuals(
-                graph, dict(module.named_modules(remove_duplicate=False))
-            )
+            modules = dict(module.named_modules(remove_duplicate=False))
+            variant.fusions = join_preactivations(graph, modules, variant.fusions)
+            variant.overwrites = mark_dying_residuals(graph, modules)
         variant.source, variant.namespace = _source_of(graph)
         if (adding := ending_in_addition(graph, module)) is not None:
             variant.source_then_add, more = _source_of(adding)

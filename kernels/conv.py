@@ -33,6 +33,7 @@ import triton.language as tl
 
 from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_configs import (
+    checked_prologue,
     choose_config,
     config_for,
     kernel_configs,
@@ -45,6 +46,7 @@ from fastnets.kernels.conv_shape import (
     SIZES,
     ConvCall,
     ConvPlan,
+    Prologue,
     ceil_div,
     conv_call,
     pixel_pitch,
@@ -70,7 +72,7 @@ def conv_kernel(
     M, C, H, W, K, P, Q, y_pitch,
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s,
     residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
-    mean, m2, count, x_mean, x_rstd, x_bn_weight, x_bn_bias, x_slope,
+    mean, m2, count, x_mean, x_rstd, x_bn_weight, x_bn_bias, x_slope, x_eps,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     VECTOR_X: tl.constexpr, VECTOR_WEIGHT: tl.constexpr, VECTOR_Y: tl.constexpr,
@@ -84,8 +86,8 @@ def conv_kernel(
     Grid (tiles, groups, SPLIT_K). C and K are those of one group. With SPLIT_K > 1, y is the fp32 workspace
     [SPLIT_K, M, y_pitch] of partial sums.
 
-    mean, m2, count: where the statistics of the tile's rows go, or None. x_mean to x_slope: how x is
-    normalised while it is loaded, or None.
+    mean, m2, count: where the statistics of the tile's rows go, or None. x_mean to x_eps: how x is
+    normalised while it is loaded, or None (see ``Prologue``).
 
     VECTOR_*: elements of an aligned vector access. EVEN_C: C is a multiple of BLOCK_K. FLAT_X: windows are
     single pixels in one run, x_w apart. FLAT_WEIGHT: each filter is one run of R·S·C. WIDE: offsets need 64
@@ -175,7 +177,7 @@ def conv_kernel(
         b = tl.load(b_pointers, mask=present[:, None], other=0.0)
         if x_mean is not None:
             vectors = (x_mean, x_rstd, x_bn_weight, x_bn_bias)
-            of_channels = channel_vectors(group * C + c + lanes, present, vectors)
+            of_channels = channel_vectors(group * C + c + lanes, present, vectors, x_eps)
             a = normalized(a, valid[:, None] & present[None, :], of_channels, x_slope, X_ACTIVATION)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -264,6 +266,7 @@ def conv_bn_act(
     eps: float = 1e-5,
     activation: str = "none",
     negative_slope: float = 0.01,
+    prologue: Prologue | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """act(bn(conv2d(x, weight, bias)) + residual) -> y [N, K, P, Q], dense channels-last, of x's dtype.
@@ -273,12 +276,13 @@ def conv_bn_act(
     vectors are [K], each optional (no running statistics: no BN), fp32 or x.dtype. All after the products is
     fp32, rounded once. activation: one of ``activation.ACTIVATIONS``; negative_slope is for "leaky_relu".
     config: one of ``configs`` of the file whose kernel serves the shape, or None to have it chosen.
+    prologue: act(bn(x)) takes the place of x, rounded to x's dtype, while x is loaded.
 
     Raises ``ValueError`` or ``TypeError`` for arguments that are no convolution, ``UnsupportedConfig`` for a
-    config that does not fit the kernel.
+    config that does not fit the kernel or a prologue for which ``why_no_prologue`` has a reason.
     """
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
-    if groups > 1 and x.dim() == 4 and groups == x.shape[1]:
+    if groups > 1 and x.dim() == 4 and groups == x.shape[1] and prologue is None:
         from fastnets.kernels.depthwise import depthwise_conv
 
         return depthwise_conv(
@@ -289,6 +293,8 @@ def conv_bn_act(
         x, weight, vectors, residual, stride, padding, dilation, groups,
         eps, activation, negative_slope, config,
     )  # fmt: skip
+    if prologue is not None:
+        call.prologue = checked_prologue(prologue, call.shape)
     kernel = kernel_of(call.shape)
     if kernel == "joint":
         from fastnets.kernels.conv_joint import joint_conv
@@ -370,7 +376,7 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
         return y, call.empty_statistics(0)
     plan, second = call.plan(_plan)
     before = call.prologue
-    prologue = _NO_PROLOGUE if before is None else (*before.tensors, before.negative_slope)
+    prologue = _NO_PROLOGUE if before is None else (*before.tensors, before.negative_slope, before.eps)
     reads = (call.x, call.weight, *prologue[:4])
     if second is None:
         moments = call.empty_statistics(plan.tiles_m)
@@ -397,7 +403,7 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
     return y, moments
 
 
-_NO_PROLOGUE = (None,) * 5
+_NO_PROLOGUE = (None,) * 6
 
 
 def configs(device: Device) -> list[Config]:
@@ -412,6 +418,7 @@ def representative_calls() -> list[RepresentativeCall]:
     same = {**layer, "residual": True}
     pointwise = {"x": (8, 256, 28, 28), "filters": (64, 1, 1), "statistics": True}
     strided = {"x": (8, 72, 28, 28), "filters": (128, 1, 1), "stride": 2, "statistics": True}
+    preactivated = {"x": (8, 160, 28, 28), "filters": (128, 1, 1), "prologue": "relu"}
     call = functools.partial(representative, run=taps_conv)
     return [
         call("3x3", **same),
@@ -434,4 +441,8 @@ def representative_calls() -> list[RepresentativeCall]:
         call("1x1, stride 2, odd C, BN before", **strided, prologue="relu"),
         call("1x1, statistics, BN and ReLU before, fp32", **pointwise, prologue="relu", dtype=full),
         call("1x1, statistics, BN before, TF32", **pointwise, prologue="relu", dtype=full, precision="tf32"),
+        call("1x1, running statistics before", **preactivated),
+        call("1x1, running statistics before, bf16", **preactivated, dtype=half),
+        call("1x1, running statistics before, fp32", **preactivated, dtype=full),
+        call("1x1, running statistics before, TF32", **preactivated, dtype=full, precision="tf32"),
     ]  # fmt: skip

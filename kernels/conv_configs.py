@@ -14,11 +14,13 @@ from collections.abc import Callable
 
 import torch
 
+from fastnets.kernels.activation import check_activation
 from fastnets.kernels.conv_shape import ConvCall, ConvShape, Prologue, conv_call
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig
 
 __all__ = [
+    "checked_prologue",
     "choose_config",
     "groups_per_tile",
     "kernel_configs",
@@ -29,6 +31,7 @@ __all__ = [
     "seconds_of_tiles",
     "suits",
     "table_configs",
+    "why_no_prologue",
 ]
 
 # Filters of several taps over fewer channels than this take (r, s, c) jointly: blocks of 32 channels would be
@@ -151,6 +154,32 @@ def kernel_of(shape: ConvShape) -> str:
             return "depthwise"
         return "packed" if max(shape.group_channels, shape.group_outputs) <= PACKED_CHANNELS else "taps"
     return "joint" if shape.taps > 1 and shape.C < JOINT_CHANNELS else "taps"
+
+
+def why_no_prologue(shape: ConvShape) -> str | None:
+    """Why a convolution cannot normalise its input while loading it, or None where it can."""
+    if shape.taps > 1:
+        return (
+            f"a {shape.R}x{shape.S} filter would normalise every pixel {shape.taps} times; 1x1 is supported"
+        )
+    kernel = kernel_of(shape)
+    if kernel != "taps":
+        return f"groups={shape.groups} of {shape.group_channels} channels run in the {kernel} kernel"
+    return None
+
+
+def checked_prologue(prologue: Prologue, shape: ConvShape) -> Prologue:
+    """The prologue with contiguous vectors; raises for what does not fit."""
+    reason = why_no_prologue(shape)
+    if reason is not None:
+        raise UnsupportedConfig(f"prologue: {reason}; normalise x in a pass of its own")
+    check_activation(prologue.activation)
+    vectors = []
+    for name, vector in zip(Prologue._fields, prologue.tensors):
+        if vector is not None and vector.shape != (shape.C,):
+            raise ValueError(f"prologue.{name} has shape {list(vector.shape)}, expected [{shape.C}], as x")
+        vectors.append(vector if vector is None or vector.is_contiguous() else vector.contiguous())
+    return prologue._replace(mean=vectors[0], rstd=vectors[1], bn_weight=vectors[2], bn_bias=vectors[3])
 
 
 def products_of(element_size: int, precision: str, device: Device) -> str:
@@ -354,7 +383,7 @@ def representative(
 
     Its thunk refuses configs of another dtype's table, which no heuristic would pair with it. kernel: the one
     that ``run`` runs, if it is not ``kernel_of`` the shape. statistics: a call of training instead, which
-    writes those of y; prologue: the activation that it applies to BN of x, if any.
+    writes those of y; prologue: the activation that is applied to BN of x, if any.
     """
 
     def thunk(config: Config | None = None) -> torch.Tensor:
@@ -371,7 +400,9 @@ def representative(
         call = conv_call(image, weight, vectors, added, *pair, groups, 1e-5, epilogue, 0.01, config)
         before = None
         if prologue is not None:
-            before = Prologue(*(torch.empty(x[1], device="meta") for _ in range(4)), prologue)
+            # Inference reads running statistics, training those of the batch.
+            eps = None if statistics else 1e-5
+            before = Prologue(*(torch.empty(x[1], device="meta") for _ in range(4)), prologue, eps=eps)
         call = dataclasses.replace(call, precision=precision, statistics=statistics, prologue=before)
         device = current_device(image)
         products = products_of(image.element_size(), precision, device)

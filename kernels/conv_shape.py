@@ -95,6 +95,9 @@ class Prologue(NamedTuple):
     x is then the output of an earlier convolution, of which only the statistics are known yet. mean and rstd
     are [C] fp32; bn_weight and bn_bias are [C] of any float dtype, or None. The value is rounded to x's dtype
     before it is multiplied, as a stored activation would be, and padding stays zero.
+
+    eps: with one, mean and rstd are running statistics of any float dtype: rstd holds variances, and is taken
+    for 1/sqrt(rstd + eps).
     """
 
     mean: torch.Tensor
@@ -103,6 +106,7 @@ class Prologue(NamedTuple):
     bn_bias: torch.Tensor | None = None
     activation: str = "none"
     negative_slope: float = 0.01
+    eps: float | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

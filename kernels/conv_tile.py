@@ -75,13 +75,15 @@ def within(position, extent):
 
 
 @triton.jit
-def channel_vectors(c, inside_c, vectors):
+def channel_vectors(c, inside_c, vectors, eps=None):
     """(mean, scale, shift) of the channels c where inside_c, as ``normalized`` takes them.
 
-    vectors: pointers (mean, rstd, bn_weight or None, bn_bias or None).
+    vectors: pointers (mean, rstd, bn_weight or None, bn_bias or None). eps: with one, rstd holds variances.
     """
     mean, rstd, bn_weight, bn_bias = vectors
-    scale = tl.load(rstd + c, mask=inside_c, other=0.0).to(tl.float32)
+    scale = tl.load(rstd + c, mask=inside_c, other=1.0).to(tl.float32)
+    if eps is not None:
+        scale = tl.rsqrt(scale + eps)
     if bn_weight is not None:
         scale *= tl.load(bn_weight + c, mask=inside_c, other=0.0).to(tl.float32)
     shift = tl.zeros_like(scale)

@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import torch
 
-from fastnets.kernels.activation import check_activation
 from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv import taps_conv
-from fastnets.kernels.conv_configs import kernel_of
+from fastnets.kernels.conv_configs import checked_prologue, kernel_of
 from fastnets.kernels.conv_grouped import packed_conv
 from fastnets.kernels.conv_joint import joint_conv
-from fastnets.kernels.conv_shape import ConvShape, Prologue, conv_call
+from fastnets.kernels.conv_shape import Prologue, conv_call
 from fastnets.kernels.depthwise import depthwise_conv
-from fastnets.kernels.launch import Config, UnsupportedConfig
+from fastnets.kernels.launch import Config
 
-__all__ = ["conv_statistics", "why_no_prologue"]
+__all__ = ["conv_statistics"]
 
 _CONV = {"taps": taps_conv, "joint": joint_conv, "packed": packed_conv}
 
@@ -55,7 +54,7 @@ def conv_statistics(
     padding stays zero. config: one of ``conv.configs`` or of the file whose kernel serves the shape.
 
     Raises ``ValueError`` or ``TypeError`` for arguments that are no convolution; ``UnsupportedConfig`` where
-    ``why_no_prologue`` names a reason, or for a config that does not fit the kernel.
+    ``conv_configs.why_no_prologue`` names a reason, or for a config that does not fit the kernel.
     """
     call = conv_call(
         x, weight, (bias, None, None, None, None), None, stride, padding, dilation, groups,
@@ -63,7 +62,7 @@ def conv_statistics(
     )  # fmt: skip
     shape = call.shape
     if prologue is not None:
-        prologue = _checked(prologue, shape)
+        prologue = checked_prologue(prologue, shape)
     kernel = kernel_of(shape)
     if kernel == "depthwise":
         return depthwise_conv(
@@ -72,29 +71,3 @@ def conv_statistics(
         )  # fmt: skip
     call.prologue, call.statistics = prologue, True
     return _CONV[kernel](call)
-
-
-def why_no_prologue(shape: ConvShape) -> str | None:
-    """Why a convolution cannot normalise its input while loading it, or None where it can."""
-    if shape.taps > 1:
-        return (
-            f"a {shape.R}x{shape.S} filter would normalise every pixel {shape.taps} times; 1x1 is supported"
-        )
-    kernel = kernel_of(shape)
-    if kernel != "taps":
-        return f"groups={shape.groups} of {shape.group_channels} channels run in the {kernel} kernel"
-    return None
-
-
-def _checked(prologue: Prologue, shape: ConvShape) -> Prologue:
-    """The prologue with contiguous vectors; raises for what does not fit."""
-    reason = why_no_prologue(shape)
-    if reason is not None:
-        raise UnsupportedConfig(f"prologue: {reason}; normalise x in a pass of its own")
-    check_activation(prologue.activation)
-    vectors = []
-    for name, vector in zip(Prologue._fields, prologue.tensors):
-        if vector is not None and vector.shape != (shape.C,):
-            raise ValueError(f"prologue.{name} has shape {list(vector.shape)}, expected [{shape.C}], as x")
-        vectors.append(vector if vector is None or vector.is_contiguous() else vector.contiguous())
-    return Prologue(*vectors, prologue.activation, prologue.negative_slope)
