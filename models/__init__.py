@@ -31,6 +31,7 @@ from fastnets.models.efficientnet import (
     efficientnet_v2_s,
 )
 from fastnets.models.efficientnet_lite import EfficientNetLite, efficientnet_lite0
+from fastnets.models.eva import Eva02, eva02_b_14
 from fastnets.models.feature_pyramid import ResNetFPN, resnet18_fpn, resnet50_fpn, resnet101_fpn
 from fastnets.models.googlenet import GoogLeNet, GoogLeNetOutputs, googlenet, googlenet_2014
 from fastnets.models.inception import InceptionOutputs, InceptionV3, inception_v3
@@ -88,6 +89,7 @@ __all__ = [
     "DenseNet",
     "EfficientNet",
     "EfficientNetLite",
+    "Eva02",
     "GoogLeNet",
     "GoogLeNetOutputs",
     "InceptionOutputs",
@@ -134,6 +136,7 @@ __all__ = [
     "efficientnet_b7",
     "efficientnet_lite0",
     "efficientnet_v2_s",
+    "eva02_b_14",
     "example_inputs",
     "googlenet",
     "googlenet_2014",

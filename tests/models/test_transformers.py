@@ -149,6 +149,47 @@ class TestVisionTransformer:
             create_model("vit_ti_16", weights=state, **self.SMALL | {"num_classes": 9, "depth": 4})
 
 
+class TestEva02:
+    SMALL = {"depth": 2, "num_classes": 7}
+
+    def test_keys_shapes_and_parameters_are_timms(self):
+        timm = pytest.importorskip("timm", reason="timm is the reference here")
+        for timms, size in (("eva02_base_patch14_224", 224), ("eva02_base_patch14_448", 448)):
+            with torch.device("meta"):
+                ours = create_model("eva02_b_14", image_size=size)
+                theirs = timm.create_model(timms, num_classes=1000)
+            assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
+                (k, v.shape) for k, v in theirs.state_dict().items()
+            ]
+
+    @pytest.mark.parametrize("size", [28, 70])  # the grid's coordinates are scaled by 8 and by 3.2
+    def test_outputs_and_gradients_are_timms(self, size):
+        timm = pytest.importorskip("timm", reason="timm is the reference here")
+        theirs = timm.create_model("eva02_base_patch14_224", img_size=size, depth=2, num_classes=7)
+        randomised(theirs)
+        ours = create_model("eva02_b_14", image_size=size, weights=theirs.state_dict(), **self.SMALL)
+        assert_same_network(theirs, ours, torch.randn(2, 3, size, size))
+
+    def test_the_last_layers_of_deep_branches_start_small(self):
+        torch.manual_seed(0)
+        blocks = create_model("eva02_b_14", image_size=28, depth=8).blocks
+        assert blocks[7].attn["proj"].weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
+        assert blocks[7].mlp["fc2"].weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
+        assert blocks[7].mlp["fc1_g"].weight.std().item() == pytest.approx(0.02, rel=0.02)
+
+    @torch.no_grad()
+    def test_blocks_can_be_left_out(self):
+        model = create_model("eva02_b_14", image_size=28, **self.SMALL).eval()
+        x = torch.randn(1, 3, 28, 28)
+        one = copy.deepcopy(model)
+        del one.blocks[0]
+        assert torch.equal(model(x, skip=[0]), one(x))
+
+    def test_heads_that_cannot_turn_are_named(self):
+        with pytest.raises(ValueError, match="width=72 does not divide into heads=12"):
+            create_model("eva02_b_14", width=72)
+
+
 class TestSwin:
     @pytest.mark.parametrize("size", [(64, 64), (57, 36), (4, 5)], ids=str)
     def test_outputs_and_gradients_are_torchvisions(self, size):
@@ -288,7 +329,7 @@ def inlined(module):
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_ti_16", "swin_t", "minilm_l6", "transformer", "time_series_transformer"]
+    "name", ["vit_ti_16", "eva02_b_14", "swin_t", "minilm_l6", "transformer", "time_series_transformer"]
 )
 def test_every_container_of_ours_can_be_captured(name):
     model = create_model(name)
