@@ -36,6 +36,7 @@ from fastnets.models.feature_pyramid import ResNetFPN, resnet18_fpn, resnet50_fp
 from fastnets.models.googlenet import GoogLeNet, GoogLeNetOutputs, googlenet, googlenet_2014
 from fastnets.models.inception import InceptionOutputs, InceptionV3, inception_v3
 from fastnets.models.lenet import LeNet5, LeNet5Original, lenet5, lenet5_1998, lenet5_relu
+from fastnets.models.llama import KeyValueCache, LlamaDecoder, llama_small
 from fastnets.models.mnasnet import MNASNet, mnasnet0_5, mnasnet1_0
 from fastnets.models.mobilenet import MobileNetV2, mobilenet_v2
 from fastnets.models.mobilenet_v1 import MobileNetV1, mobilenet_v1
@@ -95,8 +96,10 @@ __all__ = [
     "InceptionOutputs",
     "InceptionV3",
     "KeyStyle",
+    "KeyValueCache",
     "LeNet5",
     "LeNet5Original",
+    "LlamaDecoder",
     "MNASNet",
     "MobileNetV1",
     "MobileNetV2",
@@ -146,6 +149,7 @@ __all__ = [
     "lenet5_1998",
     "lenet5_relu",
     "list_models",
+    "llama_small",
     "load_weights",
     "minilm_l6",
     "mnasnet0_5",

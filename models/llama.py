@@ -1,9 +1,9 @@
 """A Llama-style decoder: what language models have settled on.
 
-H. Touvron et al., "Llama 2", 2023 (arXiv:2307.09288). It brought together what the decoders before it had each
-shown: RMSNorm before every branch (arXiv:1910.07467), rotary positions (arXiv:2104.09864), a gated perceptron
-(SwiGLU, arXiv:2002.05202), and eight queries' heads to one of keys and values (arXiv:2305.13245), which makes
-the cache of generation eight times smaller. No layer has a bias.
+H. Touvron et al., "Llama 2", 2023 (arXiv:2307.09288). It brought together what the decoders before it had
+each shown: RMSNorm before every branch (arXiv:1910.07467), rotary positions (arXiv:2104.09864), a gated
+perceptron (SwiGLU, arXiv:2002.05202), and eight query heads to one of keys and values (arXiv:2305.13245),
+which makes the cache of generation eight times smaller. No layer has a bias.
 
 The shape rules are the 70B's: heads of 128, 8 query heads for each key head, 3.5 × width in the perceptron.
 ``LlamaDecoder(width=8192, depth=80)`` is that network, 68,976,648,192 parameters; llama_small is

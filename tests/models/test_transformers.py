@@ -8,7 +8,14 @@ from torch import nn
 
 import fastnets
 from fastnets.fused.capture import capture
-from fastnets.models import CheckpointError, create_model, example_inputs
+from fastnets.models import (
+    CheckpointError,
+    KeyValueCache,
+    LlamaDecoder,
+    create_model,
+    example_inputs,
+    load_weights,
+)
 from tests.accuracy import assert_close_to
 
 
@@ -324,12 +331,177 @@ class TestBert:
             create_model("minilm_l6", **self.SMALL)(torch.zeros(1, 21, dtype=torch.long))
 
 
+class TestLlama:
+    SMALL = {"width": 256, "heads": 16, "key_heads": 2, "head_dim": 16, "hidden": 96, "depth": 2}
+    SMALL |= {"vocabulary": 60, "max_length": 24}
+
+    def small(self, **options):
+        torch.manual_seed(0)
+        return randomised(create_model("llama_small", **self.SMALL, **options)).eval()
+
+    def test_the_70b_is_these_rules_at_another_size(self):
+        with torch.device("meta"):
+            large = LlamaDecoder(width=8192, depth=80)
+            three = LlamaDecoder(width=8192, depth=80, vocabulary=128_256)
+        assert sum(p.numel() for p in large.parameters()) == 68_976_648_192
+        assert sum(p.numel() for p in three.parameters()) == 70_553_706_496
+        shapes = {key: tuple(value.shape) for key, value in large.state_dict().items()}
+        layer = "model.layers.79."
+        assert {key.removeprefix(layer): s for key, s in shapes.items() if key.startswith(layer)} == {
+            "self_attn.q_proj.weight": (8192, 8192),
+            "self_attn.k_proj.weight": (1024, 8192),
+            "self_attn.v_proj.weight": (1024, 8192),
+            "self_attn.o_proj.weight": (8192, 8192),
+            "mlp.gate_proj.weight": (28672, 8192),
+            "mlp.up_proj.weight": (28672, 8192),
+            "mlp.down_proj.weight": (8192, 28672),
+            "input_layernorm.weight": (8192,),
+            "post_attention_layernorm.weight": (8192,),
+        }
+        rest = {key: s for key, s in shapes.items() if not key.startswith("model.layers.")}
+        assert rest == {
+            "model.embed_tokens.weight": (32000, 8192),
+            "model.norm.weight": (8192,),
+            "lm_head.weight": (32000, 8192),
+        }
+
+    @torch.no_grad()
+    def test_it_is_metas_formulas_on_metas_checkpoint(self):
+        """Another road: Meta's names, rotation of complex numbers, heads repeated, softmax written out."""
+        torch.manual_seed(0)
+        shapes = self.small().state_dict()
+        style = LlamaDecoder.key_styles[1]
+        meta = {style.theirs(key): torch.randn_like(value) * 0.06 for key, value in shapes.items()}
+        meta = {key: value * 3 + 1 if value.dim() == 1 else value for key, value in meta.items()}
+        assert {"layers.1.attention.wk.weight", "tok_embeddings.weight", "output.weight"} < set(meta)
+        ours = self.small()
+        load_weights(ours, {**meta, "rope.freqs": torch.zeros(8)})
+        tokens = torch.randint(60, (2, 9))
+        results = [llama_of_meta(meta, tokens, dtype) for dtype in (torch.float64, torch.float32)]
+        assert_close_to(*results, ours(tokens))
+
+    @torch.no_grad()
+    def test_no_token_sees_a_later_one(self):
+        model = self.small()
+        tokens = torch.randint(60, (2, 9))
+        changed = tokens.clone()
+        changed[:, 5] = (changed[:, 5] + 1) % 60
+        same = (model(tokens) - model(changed)).abs().amax((0, 2)) < 1e-6
+        assert same.tolist() == [place < 5 for place in range(9)]
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("optimised", [False, True], ids=["stock", "optimised"])
+    @pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 1, 3)], ids=str)
+    def test_logits_with_a_cache_are_those_without(self, pieces, optimised):
+        model = self.small()
+        tokens = torch.randint(60, (2, 9))
+        exact, stock = copy.deepcopy(model).double()(tokens), model(tokens)
+        if optimised:
+            model = fastnets.optimize(model)
+        cache = KeyValueCache(model, batch_size=2, max_length=9)
+        for layer in cache.layers:
+            for stored in layer:
+                stored.fill_(float("nan"))  # what is not filled is not read
+        logits = torch.cat([model(piece, cache) for piece in tokens.split(pieces, 1)], 1)
+        assert cache.length == 9
+        assert_close_to(exact, stock, logits)
+        with pytest.raises(ValueError, match=r"with those in the cache before: got shape .*lengths 1 to 0"):
+            model(tokens[:, :1], cache)
+
+    @torch.no_grad()
+    def test_generation_takes_the_likeliest_token_at_every_step(self):
+        model = self.small()
+        start = torch.randint(60, (2, 5))
+        text = model.generate(start, 7)
+        assert torch.equal(model.generate(start, 7), text)
+        assert torch.equal(fastnets.optimize(model).generate(start, 7), text)
+        again = start
+        for _ in range(7):
+            again = torch.cat([again, model(again)[:, -1:].argmax(2)], 1)
+        assert torch.equal(text, again)
+        assert torch.equal(model.generate(start, 0), start)
+
+    @torch.no_grad()
+    def test_generation_ends_at_the_given_token(self):
+        model = self.small()
+        start = torch.randint(60, (2, 5))
+        text = model.generate(start, 6)
+        end = text[0, 6].item()
+        ended = model.generate(start, 6, end=end)
+        for before, after in zip(text, ended):
+            places = (before[5:] == end).nonzero()
+            first = 5 + places[0].item() if len(places) else 11
+            assert torch.equal(before[:first], after[:first])
+            assert (after[first:] == end).all()
+        assert (ended[0, 7:] == end).all()
+
+    def test_wrong_sizes_are_named(self):
+        for options, message in (
+            ({"width": 200}, r"width=200 is not heads=1 of head_dim=128"),
+            ({"width": 384, "key_heads": 2}, r"heads=3 does not divide into groups for key_heads=2"),
+            ({"width": 15, "head_dim": 15}, r"head_dim=15 is odd"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                create_model("llama_small", vocabulary=8, depth=1, **options)
+        model = self.small()
+        with pytest.raises(ValueError, match=r"tokens: got shape .*lengths 1 to 24"):
+            model(torch.zeros(1, 25, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"with room for 20 more: got shape .*lengths 1 to 4"):
+            model.generate(torch.zeros(1, 5, dtype=torch.long), 20)
+        with pytest.raises(ValueError, match="max_length=25: the network has positions for 1 to 24"):
+            KeyValueCache(model, 1, 25)
+
+
+def llama_of_meta(state, tokens, dtype, heads=16, key_heads=2, head_dim=16):
+    """Logits from a checkpoint with Meta's names, as the paper has the formulas."""
+    state = {key: value.to(dtype) for key, value in state.items()}
+    length = tokens.shape[1]
+    bands = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * bands
+    turns = torch.polar(torch.ones_like(angles), angles).to(
+        torch.complex(*torch.zeros(2, 1, dtype=dtype)).dtype
+    )
+
+    def normed(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    def turned(x):  # (N, L, heads, head_dim): neighbours are a complex number
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turns[:, None]).flatten(-2)
+
+    x = state["tok_embeddings.weight"][tokens]
+    for index in range(2):
+        layer = {k.removeprefix(f"layers.{index}."): v for k, v in state.items()}
+        states = normed(x, layer["attention_norm.weight"])
+        query, key, value = (
+            (states @ layer[f"attention.w{name}.weight"].T).unflatten(2, (-1, head_dim)) for name in "qkv"
+        )
+        key, value = (t.repeat_interleave(heads // key_heads, 2) for t in (turned(key), value))
+        scores = torch.einsum("nqhd,nkhd->nhqk", turned(query), key) / head_dim**0.5
+        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+        mixed = torch.einsum("nhqk,nkhd->nqhd", scores.softmax(3), value).flatten(2)
+        x = x + mixed @ layer["attention.wo.weight"].T
+        states = normed(x, layer["ffn_norm.weight"])
+        gate, up = (states @ layer[f"feed_forward.w{number}.weight"].T for number in (1, 3))
+        x = x + (gate * gate.sigmoid() * up) @ layer["feed_forward.w2.weight"].T
+    return normed(x, state["norm.weight"]) @ state["output.weight"].T
+
+
 def inlined(module):
     return nn.Sequential.forward if type(module) is nn.Sequential else None
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_ti_16", "eva02_b_14", "swin_t", "minilm_l6", "transformer", "time_series_transformer"]
+    "name",
+    [
+        "vit_ti_16",
+        "eva02_b_14",
+        "swin_t",
+        "minilm_l6",
+        "transformer",
+        "time_series_transformer",
+        "llama_small",
+    ],
 )
 def test_every_container_of_ours_can_be_captured(name):
     model = create_model(name)
@@ -341,9 +513,19 @@ def test_every_container_of_ours_can_be_captured(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit_ti_16", "swin_t", "minilm_l6", "time_series_transformer"])
-def test_optimised_answers_are_stocks(name):
-    model = create_model(name).eval()
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vit_ti_16", {}),
+        ("eva02_b_14", {"depth": 1}),
+        ("swin_t", {}),
+        ("minilm_l6", {}),
+        ("time_series_transformer", {}),
+        ("llama_small", {"depth": 2}),
+    ],
+)
+def test_optimised_answers_are_stocks(name, options):
+    model = create_model(name, **options).eval()
     inputs = example_inputs(name, generator=torch.Generator().manual_seed(0))
     exact = copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in inputs))
     assert_close_to(exact, model(*inputs), fastnets.optimize(model)(*inputs))
