@@ -30,12 +30,14 @@ PARAMETERS = {
     "efficientnet_b7": 66_347_960,
     "efficientnet_lite0": 4_652_008,
     "efficientnet_v2_s": 21_458_488,
+    "eva02_b_14": 86_527_720,
     "googlenet": 6_624_904,
     "googlenet_2014": 6_998_552,
     "inception_v3": 23_834_568,
     "lenet5": 61_706,
     "lenet5_1998": 60_000,
     "lenet5_relu": 61_706,
+    "llama_small": 172_508_160,
     "mnasnet0_5": 2_218_512,
     "mnasnet1_0": 4_383_312,
     "mobilenet_v1": 4_231_976,
@@ -84,8 +86,8 @@ PARAMETERS = {
     "wide_resnet101_2": 126_886_696,
 }
 # Nobody else's keys; test_transformers.py has the Transformers' own.
-OWN_KEYS = ("lenet", "alexnet_2012", "googlenet_2014", "nin", "vit", "dinov2")
-OWN_KEYS += ("minilm", "transformer", "time_series")
+OWN_KEYS = ("lenet", "alexnet_2012", "googlenet_2014", "nin", "vit", "dinov2", "eva02")
+OWN_KEYS += ("minilm", "transformer", "llama", "time_series")
 WITH_STOCK_KEYS = [name for name in PARAMETERS if not name.startswith(OWN_KEYS)]
 # What timm calls those whose keys are its own.
 TIMM = {
