@@ -247,7 +247,7 @@ class _Rows:
             self.claimed.update(layers.values())
         if isinstance(head, nn.MultiheadAttention):
             self.claimed.add(head.out_proj)
-        if head is None:
+        if head is None and fusion.family != "concatenation":
             self.claimed.add(module)  # of a class that is derived from the layer's and calls its function
             if fusion.family == "attention":
                 self.attending.add(prefix)
@@ -259,7 +259,7 @@ class _Rows:
             row.implementation = self._implementation(path, fusion, module, layers)
         if fusion.family == "attention" and head is None:
             row.flops, row.bytes = self.shapes.attention_cost(path)
-        elif fusion.family != "block":
+        elif fusion.family not in ("block", "concatenation"):
             row.flops, row.bytes = self.shapes.cost(path, head if head is not None else module, parts)
         self._add(path, row)
 
@@ -301,6 +301,8 @@ class _Rows:
         """Which implementation the op would choose for an input of the shape that is known, or guessed."""
         if fusion.family == "block":
             return "the block's last layer"
+        if fusion.family == "concatenation":
+            return "one buffer" if _device_of([module]) == "cuda" else "stock"
         head = next(iter(layers.values()), module)
         x = self.shapes.example_for(path, head)
         if fusion.family == "conv":

@@ -38,6 +38,7 @@ from fastnets.fused.capture import (
     required_arguments,
 )
 from fastnets.fused.chains import Fusion, Left
+from fastnets.fused.concatenation import grow_in_place
 from fastnets.fused.cuda_graphs import replayed
 from fastnets.fused.fuse import fuse, is_layer
 from fastnets.fused.handing_down import THEN_ADD, finish
@@ -258,6 +259,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
         else:
             modules = dict(module.named_modules(remove_duplicate=False))
             variant.fusions = join_preactivations(graph, modules, variant.fusions)
+            variant.fusions += grow_in_place(graph, recipe.backend)
             variant.overwrites = mark_dying_residuals(graph, modules)
         variant.source, variant.namespace = _source_of(graph)
         if (adding := ending_in_addition(graph, module)) is not None:
