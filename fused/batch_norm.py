@@ -69,6 +69,7 @@ def choose(x: Tensor, backend: str, op: str = "", *details: object) -> str:
     return dispatch.triton_or_reference(x, backend, op=op, details=details)
 
 
+@dispatch.replays(tensors=7)
 def _body(x, bias, mean, var, bn_weight, bn_bias, residual, eps, activation, negative_slope, backend):
     _validate(x, bias, mean, var, bn_weight, bn_bias, residual, activation)
     if x.numel() and choose(x, backend, "bn_add_act", activation, residual is not None) == "triton":

@@ -93,6 +93,7 @@ def _vectors_like(x: Tensor, count: int) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape[1], dtype=_wide(x)) for _ in range(count))
 
 
+@dispatch.replays(tensors=3)
 def _statistics_body(x, running_mean, running_var, momentum, eps, merged, backend):
     if not x.numel():  # a rank without samples
         return tuple(torch.zeros_like(v) for v in _vectors_like(x, 2))
@@ -140,6 +141,7 @@ batch_statistics = dispatch.register(
 )
 
 
+@dispatch.replays(tensors=5)
 def _finalize_body(mean, m2, count, running_mean, running_var, momentum, eps, backend):
     if backend == "triton":
         from fastnets.kernels import batch_norm_training as kernels
@@ -170,6 +172,7 @@ def _preactivation(x, mean, rstd, bn_weight, bn_bias, residual) -> tuple[Tensor,
     return centred, u if residual is None else u + residual
 
 
+@dispatch.replays(tensors=6)
 def _normalize_body(x, mean, rstd, bn_weight, bn_bias, residual, activation, negative_slope, mask, backend):
     if backend == "triton" and x.numel():
         from fastnets.kernels.batch_norm_training import normalize_add_act
@@ -211,6 +214,7 @@ normalize = dispatch.register(
 )
 
 
+@dispatch.replays(tensors=8)
 def _sums_body(
     dy, x, mean, rstd, bn_weight, bn_bias, residual, mask, activation, negative_slope, keep, backend
 ):
@@ -249,6 +253,7 @@ sums_of = dispatch.register(
 )
 
 
+@dispatch.replays(tensors=8)
 def _input_gradient_body(
     dy, x, mean, rstd, bn_weight, bn_bias, sums, count, activation, negative_slope, affine, backend
 ):

@@ -190,6 +190,7 @@ def passes_on(backend: str) -> str:
     return "reference" if backend == "reference" else "triton"
 
 
+@dispatch.replays(tensors=10)
 def _conv_body(
     x, weight, bias, mean, rstd, bn_weight, bn_bias, count, running_mean, running_var, *rest
 ):  # fmt: skip

@@ -134,6 +134,7 @@ _measured: dict[
     torch.device, dict[Key, str]
 ] = {}  # what the store knows of each device, read when first asked
 _by_call: dict[tuple, str] = {}  # the same by exact shapes, for calls that were seen
+_choices = 0  # how often what is known was exchanged
 _nothing_measured = False  # neither in the store nor in this process
 _decisions: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
     "fastnets_decisions", default=None
@@ -213,7 +214,8 @@ def _of_device(device: torch.device) -> dict[Key, str]:
 
 def adopt(device: torch.device, choices: Mapping[Key, str]) -> None:
     """From now on calls on ``device`` run the backend that ``choices`` name for them."""
-    global _nothing_measured
+    global _choices, _nothing_measured
+    _choices += 1
     _of_device(device).update(choices)
     _by_call.clear()
     _nothing_measured = _nothing_measured and not choices
@@ -221,7 +223,8 @@ def adopt(device: torch.device, choices: Mapping[Key, str]) -> None:
 
 def forget_measurements() -> None:
     """Ask the store again at the next call."""
-    global _nothing_measured
+    global _choices, _nothing_measured
+    _choices += 1
     _measured.clear()
     _by_call.clear()
     _nothing_measured = False
@@ -311,9 +314,10 @@ def replays(tensors: int) -> Callable[[Callable], Callable]:
             operands, options = arguments[:tensors], arguments[tensors:]
             wanted = requested(options[-1])
             x = operands[0]
-            if (x.is_cuda if wanted == "auto" else wanted == "triton") and not x.is_meta:
+            launches = x.is_cuda if wanted == "auto" else wanted == "triton"
+            if launches and not x.is_meta and _decisions.get() is None:
                 options = tuple([tuple(o) if o.__class__ is list else o for o in options])
-                kind = kind_of(operands, (*options, wanted))
+                kind = kind_of(operands, (*options, wanted, _choices))
                 replayed = kinds.get(kind)
                 if replayed is None:
                     from fastnets.kernels.replay import Replayed

@@ -47,6 +47,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+@dispatch.replays(tensors=2)
 def _body(gate, up, activation, gate_last, backend):
     _validate(gate, up, activation)
     one, two = _halves(gate, up, gate_last)

@@ -62,6 +62,7 @@ def _preactivation(x, mean, rstd, weight, bias, residual, groups) -> tuple[Tenso
     return normalized, u if residual is None else u + residual
 
 
+@dispatch.replays(tensors=4)
 def _forward_body(x, weight, bias, residual, groups, eps, activation, negative_slope, backend):
     _validate(x, weight, bias, residual, groups, activation)
     if choose(x, backend) == "triton":

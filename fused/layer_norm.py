@@ -113,6 +113,7 @@ _REST = (
 )  # fmt: skip
 
 
+@dispatch.replays(tensors=4)
 def _infer_body(x, residual, weight, bias, dims, eps, centred, dtype, backend):
     return _run(x, None, residual, weight, bias, dims, eps, centred, dtype, False, backend)[0]
 
@@ -122,6 +123,7 @@ def _infer_fake(x, residual, weight, bias, dims, eps, centred, dtype, backend):
     return torch.empty(x.shape, dtype=_dtypes(x, None, residual, dtype)[1], device=x.device)
 
 
+@dispatch.replays(tensors=4)
 def _add_infer_body(x, residual, weight, bias, dims, eps, centred, dtype, backend):
     return _run(x, residual, None, weight, bias, dims, eps, centred, dtype, False, backend)[:2]
 

@@ -185,6 +185,7 @@ def _unmeasured(
 # --- the op -------------------------------------------------------------------------------------------------
 
 
+@dispatch.replays(tensors=5)
 def _body(x, weight, bias, layer_scale, residual, activation, negative_slope, backend):
     on_cpu = dispatch.device_type_of(x) == "cpu"
     extra = layer_scale is not None or residual is not None

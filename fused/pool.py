@@ -82,6 +82,7 @@ def _axes(windows: Windows, device: torch.device) -> list[tuple[Tensor, Tensor]]
     return axes
 
 
+@dispatch.replays(tensors=1)
 def _max_with_window_body(x, *arguments):
     *geometry, backend = arguments
     windows = _windows(x.shape, *geometry)
@@ -99,6 +100,7 @@ def _max_with_window_body(x, *arguments):
     return y.contiguous(memory_format=memory_format), window.contiguous(memory_format=memory_format)
 
 
+@dispatch.replays(tensors=1)
 def _max_body(x, *arguments):
     *geometry, backend = arguments
     if x.numel() and choose(x, backend) == "triton":
@@ -123,6 +125,7 @@ def _max_with_window_fake(x, *arguments):
     return y, torch.empty_like(y, dtype=dtype)
 
 
+@dispatch.replays(tensors=2)
 def _max_backward_body(dy, window, size, channels_last, *arguments):
     *geometry, backend = arguments
     windows = _windows(size, *geometry)
@@ -209,6 +212,7 @@ def _stock_average(x, output_size, kernel_size, stride, padding, dilation, ceil_
     return F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode, include, divisor or None)
 
 
+@dispatch.replays(tensors=1)
 def _average_body(x, *arguments):
     *geometry, include, divisor, backend = arguments
     if x.numel() and choose(x, backend) == "triton":
@@ -224,6 +228,7 @@ def _average_fake(x, *arguments):
     return x.new_empty(y.shape).to(memory_format=_format(is_channels_last(x)))
 
 
+@dispatch.replays(tensors=1)
 def _average_backward_body(dy, size, channels_last, *arguments):
     *geometry, include, divisor, backend = arguments
     if dy.numel() and choose(dy, backend) == "triton":
