@@ -297,13 +297,13 @@ def conv_bn_act(
         call.prologue = checked_prologue(prologue, call.shape)
     kernel = kernel_of(call.shape)
     if kernel == "joint":
-        from fastnets.kernels.conv_joint import joint_conv
+        from fastnets.kernels.conv_rows import few_channels_conv
         from fastnets.kernels.patch_embedding import patch_embedding
         from fastnets.kernels.patch_embedding import serves as are_patches
 
         if are_patches(call):
             return patch_embedding(call)
-        return joint_conv(call)[0]
+        return few_channels_conv(call)[0]
     if kernel == "packed":
         from fastnets.kernels.conv_grouped import packed_conv
 

@@ -376,14 +376,16 @@ def representative(
     memory_format: torch.memory_format = torch.channels_last,
     residual_format: torch.memory_format = torch.channels_last,
     kernel: str | None = None,
+    candidates: Callable[[Device], list[Config]] | None = None,
     statistics: bool = False,
     prologue: str | None = None,
 ) -> RepresentativeCall:
     """A call with BN on meta tensors, x [N, C, H, W] under filters (K, R, S), for ``representative_calls``.
 
     Its thunk refuses configs of another dtype's table, which no heuristic would pair with it. kernel: the one
-    that ``run`` runs, if it is not ``kernel_of`` the shape. statistics: a call of training instead, which
-    writes those of y; prologue: the activation that is applied to BN of x, if any.
+    that ``run`` runs, if it is not ``kernel_of`` the shape; candidates: its configs, if they are in no table.
+    statistics: a call of training instead, which writes those of y; prologue: the activation that is
+    applied to BN of x, if any.
     """
 
     def thunk(config: Config | None = None) -> torch.Tensor:
@@ -408,10 +410,14 @@ def representative(
         products = products_of(image.element_size(), precision, device)
         table = kernel or kernel_of(call.shape)
         flags = call.flags()
-        if config is not None and not (
-            config in table_configs(table, products, device)
-            and suits(config, table, *addressing(call, flags))
-        ):
+        if candidates is not None:
+            fits = config is None or config in candidates(device)
+        else:
+            fits = config is None or (
+                config in table_configs(table, products, device)
+                and suits(config, table, *addressing(call, flags))
+            )
+        if not fits:
             raise UnsupportedConfig(f"{name}: {config} is never chosen for such a call")
         return run(call)
 

@@ -21,14 +21,14 @@ from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv import taps_conv
 from fastnets.kernels.conv_configs import checked_prologue, kernel_of
 from fastnets.kernels.conv_grouped import packed_conv
-from fastnets.kernels.conv_joint import joint_conv
+from fastnets.kernels.conv_rows import few_channels_conv
 from fastnets.kernels.conv_shape import Prologue, conv_call
 from fastnets.kernels.depthwise import depthwise_conv
 from fastnets.kernels.launch import Config
 
 __all__ = ["conv_statistics"]
 
-_CONV = {"taps": taps_conv, "joint": joint_conv, "packed": packed_conv}
+_CONV = {"taps": taps_conv, "joint": few_channels_conv, "packed": packed_conv}
 
 
 def conv_statistics(
