@@ -75,8 +75,11 @@ def test_which_convolutions_are_patches():
 
     image, filters = meta(2, 3, 32, 32), meta(8, 3, 4, 4)
     assert kernels_of(image, filters, stride=(4, 4)) == ["patch_embedding_kernel"]
-    assert kernels_of(image, filters, stride=(2, 2)) == ["conv_joint_kernel"]
-    assert kernels_of(image, filters, stride=(4, 4), padding=(1, 1)) == ["conv_joint_kernel"]
+    assert kernels_of(image, filters, stride=(2, 2)) == ["pack_rows_kernel", "conv_rows_kernel"]
+    assert kernels_of(image, filters, stride=(4, 4), padding=(1, 1)) == [
+        "pack_rows_kernel",
+        "conv_rows_kernel",
+    ]
     assert kernels_of(image.transpose(2, 3), filters, stride=(4, 4)) == ["conv_joint_kernel"]
 
 
