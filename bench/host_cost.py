@@ -65,15 +65,17 @@ def measure_cuda_path(rounds: int = 30) -> Comparison:
 
     pointwise, depthwise = layer(64, 64, 1), layer(64, 64, 3, padding=1, groups=64)
     stem, (conv, bn, _) = layer(3, 64, 7, padding=3, stride=2), layer(64, 64, 3, padding=1)
-    x, picture = image(64), image(3, 16)
+    x, residual, picture = image(64), image(64), image(3, 16)
     vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
     variants = {
         "stock convolution": lambda: conv(x),
         "conv 1×1 + BN + ReLU": lambda: call_conv_bn_act(*pointwise, x, None, "relu"),
-        "conv 1×1 + BN + add + ReLU": lambda: call_conv_bn_act(*pointwise, x, x, "relu"),
+        "conv 1×1 + BN + add + ReLU": lambda: call_conv_bn_act(*pointwise, x, residual, "relu"),
         "conv 7×7/2 of 3 channels + BN + ReLU": lambda: call_conv_bn_act(*stem, picture, None, "relu"),
         "depthwise conv 3×3 + BN + ReLU": lambda: call_conv_bn_act(*depthwise, x, None, "relu"),
-        "BN + add + ReLU": lambda: bn_add_act_inference(x, None, *vectors, x, 1e-5, "relu", 0.0, "triton"),
+        "BN + add + ReLU": lambda: bn_add_act_inference(
+            x, None, *vectors, residual, 1e-5, "relu", 0.0, "triton"
+        ),
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
