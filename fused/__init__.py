@@ -18,6 +18,7 @@ from fastnets.fused.layer_norm import (
 )
 from fastnets.fused.layers import BNAct, ConvAct, ConvBNAct, ConvBNAddAct
 from fastnets.fused.linear import LinearAct, linear_act
+from fastnets.fused.linear_chain import linear_chain
 from fastnets.fused.multihead_attention import MultiheadAttention
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 from fastnets.fused.preactivation import bn_act_conv_bn_act
@@ -63,6 +64,7 @@ __all__ = [
     "gated_act",
     "group_norm_act",
     "linear_act",
+    "linear_chain",
     "local_response_norm",
     "rms_norm",
     "stochastic_depth",

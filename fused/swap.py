@@ -51,6 +51,7 @@ from fastnets.fused.layout import (
     names_read_by,
     restore_layout_of_all,
 )
+from fastnets.fused.linear_chain import join_linear_chains
 from fastnets.fused.memory import in_chunks
 from fastnets.fused.ownership import run_in_sequence
 from fastnets.fused.patterns import is_batch_norm, is_convolution, join_preactivations, mark_dying_residuals
@@ -259,6 +260,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
         else:
             modules = dict(module.named_modules(remove_duplicate=False))
             variant.fusions = join_preactivations(graph, modules, variant.fusions)
+            variant.fusions = join_linear_chains(graph, modules, variant.fusions)
             variant.fusions += grow_in_place(graph, recipe.backend)
             variant.overwrites = mark_dying_residuals(graph, modules)
         variant.source, variant.namespace = _source_of(graph)
