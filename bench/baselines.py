@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-Prepared = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
+from fastnets.bench.networks import Inputs, arguments, first
+
+Prepared = tuple[Callable[..., torch.Tensor], Inputs]
 
 
 class Unavailable(RuntimeError):
@@ -25,34 +27,43 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a network. ``ours`` marks the variants whose failure fails the benchmark."""
+    """One way to run a network. ``ours`` marks the variants whose failure fails the benchmark.
+
+    What ``prepare`` returns is called with the inputs as positional arguments.
+    """
 
     name: str
     description: str
-    prepare: Callable[[nn.Module, torch.Tensor], Prepared]
+    prepare: Callable[[nn.Module, Inputs], Prepared]
     ours: bool = False
     trains: bool = True  # whether gradients can flow through what ``prepare`` returns
     replays: bool = True  # whether it is timed replayed from a CUDA graph, too; False where it replays itself
 
 
-def lay_out(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    """Weights (in place) and input in channels-last memory format."""
-    if x.ndim != 4:
+def lay_out(model: nn.Module, x: Inputs) -> tuple[nn.Module, Inputs]:
+    """Weights (in place) and input in channels-last memory format, where the input is images."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 4:
         return model, x
     return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
 
 
-def _eager(model: nn.Module, x: torch.Tensor) -> Prepared:
+def _precision(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _eager(model: nn.Module, x: Inputs) -> Prepared:
     return copy.deepcopy(model) if model.training else model, x
 
 
-def _channels_last(model: nn.Module, x: torch.Tensor) -> Prepared:
+def _channels_last(model: nn.Module, x: Inputs) -> Prepared:
     return lay_out(copy.deepcopy(model), x)
 
 
-def _fold(model: nn.Module, x: torch.Tensor) -> Prepared:
+def _fold(model: nn.Module, x: Inputs) -> Prepared:
     from torch.fx.experimental.optimization import fuse
 
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise Unavailable("the network has no batch norm")
     try:
         folded = fuse(model, inplace=False)
     except Exception as error:  # fx raises many kinds where it cannot trace a network
@@ -60,12 +71,12 @@ def _fold(model: nn.Module, x: torch.Tensor) -> Prepared:
     return lay_out(folded, x)  # fuse() has copied
 
 
-def _compile(model: nn.Module, x: torch.Tensor, mode: str | None = None) -> Prepared:
+def _compile(model: nn.Module, x: Inputs, mode: str | None = None) -> Prepared:
     laid_out, x = lay_out(copy.deepcopy(model), x)
     torch.compiler.reset()  # graphs of the network before would count against the recompile limit
     if model.training:  # dropout as eager draws it, so that losses can be compared
         return torch.compile(laid_out, options={"fallback_random": True, **_options(mode)}), x
-    if x.device.type == "cpu":
+    if first(x).device.type == "cpu":
         return torch.compile(laid_out, options={"freezing": True}), x
     return torch.compile(laid_out, mode=mode), x
 
@@ -75,30 +86,32 @@ def _options(mode: str | None) -> dict[str, object]:
     return {} if mode is None else dict(torch._inductor.list_mode_options(mode))
 
 
-def _compile_reduce_overhead(model: nn.Module, x: torch.Tensor) -> Prepared:
-    if x.device.type != "cuda":
+def _compile_reduce_overhead(model: nn.Module, x: Inputs) -> Prepared:
+    if first(x).device.type != "cuda":
         raise Unavailable("CUDA graphs need a CUDA device")
     return _compile(model, x, mode="reduce-overhead")
 
 
-def _compile_max_autotune(model: nn.Module, x: torch.Tensor) -> Prepared:
-    if x.device.type != "cuda":
+def _compile_max_autotune(model: nn.Module, x: Inputs) -> Prepared:
+    if first(x).device.type != "cuda":
         raise Unavailable("it searches among GPU kernels and needs a CUDA device")
     return _compile(model, x, mode="max-autotune-no-cudagraphs")
 
 
-def _tensorrt(model: nn.Module, x: torch.Tensor) -> Prepared:
+def _tensorrt(model: nn.Module, x: Inputs) -> Prepared:
     if importlib.util.find_spec("torch_tensorrt") is None:
         raise Unavailable("torch_tensorrt is not installed")
-    if x.device.type != "cuda":
+    if first(x).device.type != "cuda":
         raise Unavailable("TensorRT needs a CUDA device")
     import torch_tensorrt
 
-    compiled = torch_tensorrt.compile(copy.deepcopy(model), inputs=[x], enabled_precisions={x.dtype})
+    compiled = torch_tensorrt.compile(
+        copy.deepcopy(model), inputs=list(arguments(x)), enabled_precisions={_precision(model)}
+    )
     return compiled, x
 
 
-def _fastnets_measured(model: nn.Module, x: torch.Tensor) -> Prepared:
+def _fastnets_measured(model: nn.Module, x: Inputs) -> Prepared:
     import fastnets
 
     laid_out, images = lay_out(copy.deepcopy(model), x)
@@ -107,11 +120,11 @@ def _fastnets_measured(model: nn.Module, x: torch.Tensor) -> Prepared:
         return fastnets.optimize(laid_out, images, select="measure", inplace=True), images
 
 
-def _fastnets(backend: str) -> Callable[[nn.Module, torch.Tensor], Prepared]:
-    def prepare(model: nn.Module, x: torch.Tensor) -> Prepared:
+def _fastnets(backend: str) -> Callable[[nn.Module, Inputs], Prepared]:
+    def prepare(model: nn.Module, x: Inputs) -> Prepared:
         import fastnets
 
-        if backend == "triton" and x.device.type != "cuda":
+        if backend == "triton" and first(x).device.type != "cuda":
             raise Unavailable("Triton kernels run natively on a CUDA device only")
         return lay_out(
             fastnets.optimize(model, backend=backend, select="shipped"), x
@@ -120,15 +133,15 @@ def _fastnets(backend: str) -> Callable[[nn.Module, torch.Tensor], Prepared]:
     return prepare
 
 
-def _onnxruntime(model: nn.Module, x: torch.Tensor) -> Prepared:
+def _onnxruntime(model: nn.Module, x: Inputs) -> Prepared:
     for package in ("onnxruntime", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise Unavailable(f"{package} is not installed")
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if first(x).device.type != "cpu" or _precision(model) != torch.float32:
         raise Unavailable("the ONNX Runtime baseline is set up for float32 on the CPU")
     import onnxruntime
 
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    program = torch.onnx.export(model, arguments(x), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # its idle threads would otherwise spin into the time of the variant that is next
@@ -136,21 +149,26 @@ def _onnxruntime(model: nn.Module, x: torch.Tensor) -> Prepared:
     session = onnxruntime.InferenceSession(
         program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]), x
+    names = [each.name for each in session.get_inputs()]
+
+    def call(*inputs: torch.Tensor) -> torch.Tensor:
+        values = (t.numpy() for t in inputs)
+        return torch.from_numpy(session.run(None, dict(zip(names, values, strict=True)))[0])
+
+    return call, x
 
 
-def _openvino(model: nn.Module, x: torch.Tensor) -> Prepared:
+def _openvino(model: nn.Module, x: Inputs) -> Prepared:
     if importlib.util.find_spec("openvino") is None:
         raise Unavailable("openvino is not installed")
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if first(x).device.type != "cpu" or _precision(model) != torch.float32:
         raise Unavailable("the OpenVINO baseline is set up for float32 on the CPU")
     import openvino
 
     # the f32 hint: on newer processors OpenVINO would compute in bf16 by itself
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.compile_model(openvino.convert_model(model, example_input=x), "CPU", settings)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0]), x
+    return lambda *inputs: torch.from_numpy(compiled([t.numpy() for t in inputs])[0]), x
 
 
 VARIANTS: dict[str, Variant] = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastnets.bench import traffic
 from fastnets.bench.ceilings import Ceilings, measure_ceilings
+from fastnets.bench.networks import Inputs, arguments, first
 from fastnets.bench.passes import nbytes, tensors_in
 from fastnets.fused import dispatch, packing
 from fastnets.fused.measure import measure
@@ -78,33 +79,34 @@ class _Timed(Calls):
         layer.moved = sum(map(nbytes, tensors_in([*args, result])))
 
 
-def break_down(stock: nn.Module, x: Tensor, seconds_per_layer: float = 0.4) -> Breakdown:
+def break_down(stock: nn.Module, x: Inputs, seconds_per_layer: float = 0.4) -> Breakdown:
     """Take the fused form of ``stock``, in eval mode on x's device, apart on the batch x."""
     import fastnets
 
     found = Breakdown()
     fast = fastnets.optimize(stock)
-    images = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    device, dtype = first(x).device, next(p.dtype for p in stock.parameters() if p.is_floating_point())
+    images = x.contiguous(memory_format=torch.channels_last) if first(x).dim() == 4 else x
     with torch.inference_mode():
         packing.bump()
-        with _Timed(x.device, seconds_per_layer) as timed:
-            fast(images)
+        with _Timed(device, seconds_per_layer) as timed:
+            fast(*arguments(images))
     found.layers = list(timed.layers.values())
-    found.ceilings = measure_ceilings(x.device, x.dtype, rounds=5)
+    found.ceilings = measure_ceilings(device, dtype, rounds=5)
     counted = _traffic(stock, x)
     if counted is not None:
         found.stock_traffic, found.fused_traffic = counted
     return found
 
 
-def _traffic(stock: nn.Module, x: Tensor) -> tuple[int, int] | None:
+def _traffic(stock: nn.Module, x: Inputs) -> tuple[int, int] | None:
     """Bytes of a stock and a fused forward; None where the network does not run on meta tensors."""
     import fastnets
 
     try:
         twin = copy.deepcopy(stock).to("meta")
-        images = torch.empty(x.shape, dtype=x.dtype, device="meta")
-        with dispatch.assume_device_type(x.device.type):
+        images = tuple(torch.empty(t.shape, dtype=t.dtype, device="meta") for t in arguments(x))
+        with dispatch.assume_device_type(first(x).device.type):
             both = traffic.compare(twin, fastnets.optimize(twin, select="shipped"), images)
     except Exception:  # the network may look at values
         return None

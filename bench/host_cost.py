@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastnets.bench.networks import load
+from fastnets.bench.networks import arguments, load
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import bn_add_act_inference
 from fastnets.fused.conv import call_conv_bn_act
@@ -90,9 +90,12 @@ def measure_network(name: str, rounds: int = 20) -> tuple[list[float], int]:
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     network = load(name)
     stock = network.model.to(device, dtype, memory_format=torch.channels_last).eval()
-    size = min(64, network.input_shape[1])
-    x = torch.randn(2, network.input_shape[0], size, size, device=device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
+    if len(network.input_shape) == 3:
+        size = min(64, network.input_shape[1])
+        x = torch.randn(2, network.input_shape[0], size, size, device=device, dtype=dtype)
+        inputs = (x.contiguous(memory_format=torch.channels_last),)
+    else:
+        inputs = arguments(network.inputs(2, dtype=dtype, device=device))
     fast = optimize(stock, inplace=True, backend="triton")
     launches = []
     with contextlib.ExitStack() as stack:
@@ -100,8 +103,8 @@ def measure_network(name: str, rounds: int = 20) -> tuple[list[float], int]:
         if device == "cpu":
             stack.enter_context(dry_launches())
         with observe_launches(launches.append):
-            fast(x)
-        comparison = measure({"fused": lambda: fast(x)}, rounds=rounds, threads=1)
+            fast(*inputs)
+        comparison = measure({"fused": lambda: fast(*inputs)}, rounds=rounds, threads=1)
     return comparison.samples["fused"].cpu, len(launches)
 
 

@@ -37,16 +37,20 @@ LINEAGE = (
     "densenet121",
     "squeezenet1_0",
     "mobilenet_v1",
+    "transformer",
     "mobilenet_v2",
     "shufflenet_v2_x1_0",
     "mnasnet1_0",
     "mobilenet_v3_large",
     "efficientnet_b0",
     "regnet_y_400mf",
+    "minilm_l6",
     "vit_b_16",
     "swin_t",
     "convnext_tiny",
     "dinov2_s_14",
+    "eva02_b_14",
+    "llama_small",
 )
 """The networks of the tour, by year."""
 
@@ -69,10 +73,10 @@ def visit(name: str, *, batch_size: int, dtype: torch.dtype, gpu: str, img_size:
     """Builds, fuses and counts one network."""
     network = networks.load(name, img_size=img_size)
     stock = network.model.to(device="meta", dtype=dtype)
-    x = torch.empty(batch_size, *network.input_shape, dtype=dtype, device="meta")
+    x = network.inputs(batch_size, dtype=dtype, device="meta")
     with dispatch.assume_device_type("cuda"), assume_device(gpu):
         fast = optimize(stock)
-        report = explain(fast, (x,))
+        report = explain(fast, networks.arguments(x))
         traffic = compare(stock, fast, x, title=name)
     paragraphs = [p for p in _module_of(name).split("\n\n") if not p.startswith("=")]  # tables stay out
     return Stop(

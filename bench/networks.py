@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from fastnets.models import create_model, input_size, list_models
+from fastnets.models import create_model, example_inputs, input_size, list_models
 from fastnets.models.checkpoint import load_weights
 
 SOURCES = ("torchvision", "timm")
+
+Inputs = torch.Tensor | tuple[torch.Tensor, ...]
+"""What a network's forward takes: one tensor, or several."""
 
 
 class UnknownNetwork(ValueError):
@@ -33,26 +39,55 @@ class MissingPackage(RuntimeError):
 class Network:
     """A stock network ready to be measured.
 
-    ``input_shape`` is C, H, W; ``weights`` says where its values are from; ``images`` [N, C, H, W] are what
-    it is run on, or None for random ones.
+    ``input_shape`` is of one sample, C, H, W of an image; ``weights`` says where its values are from;
+    ``images`` [N, C, H, W] are what it is run on, or None for random inputs; ``examples`` draws those, as
+    ``models.example_inputs`` does, or None for images.
     """
 
     name: str
     model: nn.Module
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     weights: str
     images: torch.Tensor | None = None
+    examples: Callable[..., tuple[torch.Tensor, ...]] | None = None
 
     def inputs(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
-    ) -> torch.Tensor:
-        """A batch [N, C, H, W]: the network's images, repeated as needed, or seeded standard-normal ones."""
+    ) -> Inputs:
+        """A batch: the network's images [N, C, H, W], repeated as needed, or seeded random inputs: standard
+        normal, or token ids, which keep their own dtype.
+
+        One tensor, or a tuple where the network takes several.
+        """
+        generator = torch.Generator().manual_seed(seed)
         if self.images is not None:
-            images = self.images[torch.arange(batch_size) % len(self.images)]
+            drawn = (self.images[torch.arange(batch_size) % len(self.images)],)
+        elif self.examples is not None:
+            drawn = self.examples(batch_size, generator=generator)
         else:
-            generator = torch.Generator().manual_seed(seed)
-            images = torch.randn(batch_size, *self.input_shape, generator=generator)
-        return images.to(device=device, dtype=dtype)
+            drawn = (torch.randn(batch_size, *self.input_shape, generator=generator),)
+        moved = tuple(t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype) for t in drawn)
+        return moved if len(moved) > 1 else moved[0]
+
+
+def arguments(x: Inputs) -> tuple[torch.Tensor, ...]:
+    """The inputs as a forward's positional arguments."""
+    return (x,) if isinstance(x, torch.Tensor) else tuple(x)
+
+
+def first(x: Inputs) -> torch.Tensor:
+    """The first input, for what all share: the device and the size of the batch."""
+    return arguments(x)[0]
+
+
+def describe(x: Inputs) -> str:
+    """Shapes and dtypes in words: ``8×3×224×224 torch.float32``."""
+    return " and ".join(f"{'×'.join(map(str, t.shape))} {t.dtype}" for t in arguments(x))
+
+
+def map_inputs(change: Callable[[torch.Tensor], torch.Tensor], x: Inputs) -> Inputs:
+    """The inputs with ``change`` made to those of floating point; token ids stay as they are."""
+    return pytree.tree_map(lambda t: change(t) if t.is_floating_point() else t, x)
 
 
 def split_name(spec: str) -> tuple[str, str]:
@@ -129,6 +164,8 @@ def load(
     builder = {"fastnets": _from_fastnets, "torchvision": _from_torchvision, "timm": _from_timm}[source]
     model, shape = builder(name, num_classes, weights, pretrained)
     if img_size is not None:
+        if len(shape) != 3:
+            raise ValueError(f"--img-size {img_size}: {spec} takes no images, but inputs of shape {shape}")
         shape = (shape[0], img_size, img_size)
     model.eval()
     if weights is None and not pretrained:
@@ -136,12 +173,13 @@ def load(
     origin = (
         str(weights) if weights is not None else ("pretrained" if pretrained else f"random (seed {seed})")
     )
-    return Network(spec, model, shape, origin)
+    examples = functools.partial(example_inputs, name) if source == "fastnets" and img_size is None else None
+    return Network(spec, model, shape, origin, examples=examples)
 
 
 def _from_fastnets(
     name: str, num_classes: int | None, weights: str | Path | None, pretrained: bool
-) -> tuple[nn.Module, tuple[int, int, int]]:
+) -> tuple[nn.Module, tuple[int, ...]]:
     if pretrained:
         raise ValueError(
             f"{name}: fastnets ships no weights; use --weights FILE, or torchvision:{name} --pretrained"
@@ -178,7 +216,7 @@ def _from_timm(
     return model, tuple(model.pretrained_cfg["input_size"])
 
 
-def settle_batch_norms(model: nn.Module, input_shape: tuple[int, int, int], *, seed: int = 0) -> None:
+def settle_batch_norms(model: nn.Module, input_shape: tuple[int, ...], *, seed: int = 0) -> None:
     """Give the batch norms of an untrained network values that a mistake in folding or fusing would show up
     in.
 

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from fastnets.bench import training
 from fastnets.bench.counter import Counter, following_modules
+from fastnets.bench.networks import Inputs, arguments, first
 
 __all__ = ["Profile", "Share", "profile", "tool_commands"]
 
@@ -119,7 +120,7 @@ def _nvtx(name: str) -> Iterator[None]:
 
 def profile(
     model: nn.Module,
-    x: torch.Tensor,
+    x: Inputs,
     *,
     step: Callable[[], Any] | None = None,
     steps: int = 3,
@@ -130,7 +131,7 @@ def profile(
 
     Args:
         model: gives the ranges their names; a stock or an optimized network.
-        x: the input of the default step; its device decides what is watched.
+        x: the inputs of the default step; their device decides what is watched.
         step: what one step runs.
         nvtx: the same ranges for Nsight, which needs CUDA.
 
@@ -139,11 +140,12 @@ def profile(
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
-    if nvtx and not x.is_cuda:
+    if nvtx and not first(x).is_cuda:
         raise ValueError("NVTX ranges need a CUDA device; leave --nvtx out on the CPU")
     if step is None:
-        step = training.training_step(model, x) if model.training else lambda: model(x)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if x.is_cuda else [])]
+        step = training.training_step(model, x) if model.training else lambda: model(*arguments(x))
+    device = first(x).device
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     ranges = _Ranges(model, nvtx)
     with torch.inference_mode(not model.training):
         for _ in range(warmup):
@@ -152,10 +154,10 @@ def profile(
             with following_modules(ranges), ranges:
                 for _ in range(steps):
                     step()
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-    found = Profile(str(x.device), steps, *_shares(profiler, steps), _profiler=profiler)
-    _read_memory(found, profiler, x.device.type)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    found = Profile(str(device), steps, *_shares(profiler, steps), _profiler=profiler)
+    _read_memory(found, profiler, device.type)
     return found
 
 

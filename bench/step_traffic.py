@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastnets.bench.baselines import lay_out
 from fastnets.bench.counter import Traffic, mebibytes
+from fastnets.bench.networks import Inputs, arguments, first
 from fastnets.fused import dispatch
 
 __all__ = ["WAYS", "StepTable", "Way", "count_step"]
@@ -29,28 +30,28 @@ class Way:
 
     name: str
     description: str
-    count: Callable[[nn.Module, Tensor], Traffic]
+    count: Callable[[nn.Module, Inputs], Traffic]
 
 
-def _eager(stock: nn.Module, x: Tensor) -> Traffic:
+def _eager(stock: nn.Module, x: Inputs) -> Traffic:
     from fastnets.bench.traffic import count
 
-    return count(stock, x, training=True)
+    return count(stock, *arguments(x), training=True)
 
 
-def _inductor(stock: nn.Module, x: Tensor) -> Traffic:
+def _inductor(stock: nn.Module, x: Inputs) -> Traffic:
     from fastnets.bench.inductor import count_compiled
 
     return count_compiled(*lay_out(copy.deepcopy(stock), x))
 
 
-def _fastnets(backend: str, save: str = "auto") -> Callable[[nn.Module, Tensor], Traffic]:
-    def run(stock: nn.Module, x: Tensor) -> Traffic:
+def _fastnets(backend: str, save: str = "auto") -> Callable[[nn.Module, Inputs], Traffic]:
+    def run(stock: nn.Module, x: Inputs) -> Traffic:
         from fastnets.bench.traffic import count
         from fastnets.fused.optimize import optimize
 
         fast, laid_out = lay_out(optimize(stock, backend=backend, save=save), x)
-        return count(fast, laid_out, training=True)
+        return count(fast, *arguments(laid_out), training=True)
 
     return run
 
@@ -128,23 +129,23 @@ class StepTable:
 
 def count_step(
     stock: nn.Module,
-    x: Tensor,
+    x: Inputs,
     *,
     ways: Sequence[str] = tuple(WAYS),
     gpu: str = "h100",
     title: str = "",
     tell: Callable[[str], None] = lambda way: None,
 ) -> StepTable:
-    """Counts a training step of ``stock`` on meta images ``x`` in each of the ``ways``, as for ``gpu``.
+    """Counts a training step of ``stock`` on meta inputs ``x`` in each of the ``ways``, as for ``gpu``.
 
     tell: called with each way's name before it is counted. Raises ``ValueError`` for an unknown way, one
-    without eager to compare with, and for images that are not on the meta device.
+    without eager to compare with, and for inputs that are not on the meta device.
     """
     unknown = [way for way in ways if way not in WAYS]
     if unknown:
         raise ValueError(f"unknown way {unknown[0]!r} to run a training step; known: {', '.join(WAYS)}")
-    if not x.is_meta:
-        raise ValueError(f"x is on {x.device}: the ways are counted for a GPU, on meta tensors")
+    if not first(x).is_meta:
+        raise ValueError(f"x is on {first(x).device}: the ways are counted for a GPU, on meta tensors")
     traffic = {}
     for way in ("eager", *(way for way in ways if way != "eager")):
         tell(way)

@@ -20,7 +20,7 @@ from torch import nn
 
 from fastnets.bench import baselines, environment, training
 from fastnets.bench.breakdown import Breakdown, break_down
-from fastnets.bench.networks import Network
+from fastnets.bench.networks import Inputs, Network, arguments, first
 from fastnets.fused.measure import (
     LAUNCHES,
     OUT_OF_MEMORY,
@@ -119,9 +119,7 @@ Judge = Callable[[], training.GradientJudge]
 """Makes the judge of gradients when it is first asked for, and then keeps it."""
 
 
-def _gate(
-    stock: nn.Module, x: torch.Tensor, call: Callable, laid_out: torch.Tensor, row: Row, judge: Judge
-) -> bool:
+def _gate(stock: nn.Module, x: Inputs, call: Callable, laid_out: Inputs, row: Row, judge: Judge) -> bool:
     """Judge the variant's answers on the benchmark's own input; fills the row's accuracy and tells
     whether to go on.
     """
@@ -131,11 +129,11 @@ def _gate(
     else:
         from fastnets.fused.check import check
 
-        def answer(_: torch.Tensor) -> torch.Tensor:
+        def answer(*_: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode():  # as it will be timed; torch.compile would compile anew otherwise
-                return call(laid_out)
+                return call(*arguments(laid_out))
 
-        report = check(stock, answer, (x,))
+        report = check(stock, answer, arguments(x))
         row.error_ratio = float(report.error_ratio)
         row.top1_agreement = None if report.top1_agreement is None else float(report.top1_agreement)
         right = report.ok
@@ -177,7 +175,7 @@ def _run_batch(network: Network, settings: Settings, tell: Tell) -> Result:
     result = Result(
         network.name,
         network.weights,
-        tuple(x.shape),
+        tuple(first(x).shape),
         str(settings.dtype).removeprefix("torch."),
         rows,
         training=settings.training,
@@ -218,9 +216,7 @@ def _run_batch(network: Network, settings: Settings, tell: Tell) -> Result:
     return result
 
 
-def _prepare(
-    stock: nn.Module, x: torch.Tensor, row: Row, result: Result, judge: Judge
-) -> Callable[[], Any] | None:
+def _prepare(stock: nn.Module, x: Inputs, row: Row, result: Result, judge: Judge) -> Callable[[], Any] | None:
     variant = baselines.VARIANTS[row.variant]
     try:
         if stock.training and not variant.trains:
@@ -229,17 +225,19 @@ def _prepare(
         # copies are made outside inference mode: weights that are inference tensors could not be kept packed
         call, laid_out = variant.prepare(stock, x)
         with torch.inference_mode(not stock.training):
-            training.answers_of(call, laid_out) if stock.training else call(laid_out)
-            if x.device.type == "cuda":
-                torch.cuda.synchronize(x.device)
+            training.answers_of(call, laid_out) if stock.training else call(*arguments(laid_out))
+            if first(x).device.type == "cuda":
+                torch.cuda.synchronize(first(x).device)
         row.ready_seconds = time.perf_counter() - start
         if row.variant == "fastnets" and not stock.training:
             _describe_coverage(call, laid_out, result)
         if not _gate(stock, x, call, laid_out, row, judge):
             return None
-        step = training.training_step(call, laid_out) if stock.training else lambda: call(laid_out)
+        step = (
+            training.training_step(call, laid_out) if stock.training else lambda: call(*arguments(laid_out))
+        )
         with torch.inference_mode(not stock.training):
-            row.peak_bytes = peak_bytes(step, x.device)
+            row.peak_bytes = peak_bytes(step, first(x).device)
     except baselines.Unavailable as reason:
         row.status, row.note = "unavailable", str(reason)
         return None
@@ -250,10 +248,10 @@ def _prepare(
     return step
 
 
-def _describe_coverage(model: nn.Module, x: torch.Tensor, result: Result) -> None:
+def _describe_coverage(model: nn.Module, x: Inputs, result: Result) -> None:
     import fastnets
 
-    report = fastnets.explain(model, (x,))
+    report = fastnets.explain(model, arguments(x))
     result.coverage = report.coverage
     for line in report.rows:
         if line.fused:

@@ -20,7 +20,10 @@ _NETWORKS = {
         *("densenet121", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x1_0", "regnet_y_400mf"),
         "vit_ti_16",
     ),
-    "attention": ("vit_ti_16", "vit_s_16", "vit_b_16", "dinov2_s_14"),
+    "attention": (
+        *("vit_ti_16", "vit_s_16", "vit_b_16", "dinov2_s_14", "eva02_b_14"),
+        *("transformer_encoder", "transformer", "minilm_l6", "llama_small"),
+    ),
     "training": ("lenet5", "resnet18", "mobilenet_v2", "resnet50"),
 }
 # C, K, pixels, filter, stride, groups

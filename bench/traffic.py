@@ -37,7 +37,7 @@ from fastnets.bench.counter import Counter, Moved, Traffic, mebibytes
 from fastnets.fused import dispatch
 
 if TYPE_CHECKING:
-    from fastnets.bench.networks import Network
+    from fastnets.bench.networks import Inputs, Network
     from fastnets.bench.step_traffic import StepTable
 
 __all__ = ["Comparison", "Moved", "Traffic", "compare", "count", "summary"]
@@ -287,22 +287,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stock_and_images(network: Network, options: argparse.Namespace) -> tuple[nn.Module, Tensor, str]:
-    """The stock network and its images where the options want them, and a title for what is counted."""
+def _stock_and_inputs(network: Network, options: argparse.Namespace) -> tuple[nn.Module, Inputs, str]:
+    """The stock network and its inputs where the options want them, and a title for what is counted."""
+    from fastnets.bench.networks import arguments
+
     dtype = DTYPES[options.dtype]
     device = "meta" if options.device == "cuda" else "cpu"
-    x = torch.empty(options.batch_size, *network.input_shape, device=device, dtype=dtype)
-    if device == "cpu":
-        x.normal_()
+    x = network.inputs(options.batch_size, dtype=dtype, device=device)
     what = "forward and backward" if options.training else "inference"
-    title = f"{network.name}, {what}, {'×'.join(map(str, x.shape))}, {str(dtype).removeprefix('torch.')}"
+    shapes = " and ".join("×".join(map(str, t.shape)) for t in arguments(x))
+    title = f"{network.name}, {what}, {shapes}, {str(dtype).removeprefix('torch.')}"
     return network.model.to(device=device, dtype=dtype), x, title
 
 
 def _compare_layers(network: Network, options: argparse.Namespace) -> Comparison:
     from fastnets.fused.optimize import optimize
 
-    stock, x, title = _stock_and_images(network, options)
+    stock, x, title = _stock_and_inputs(network, options)
     title += f", {options.device}, backend {options.backend}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(dispatch.backend(options.backend))
@@ -317,7 +318,7 @@ def _compare_layers(network: Network, options: argparse.Namespace) -> Comparison
 def _count_ways(network: Network, options: argparse.Namespace) -> StepTable:
     from fastnets.bench.step_traffic import WAYS, count_step
 
-    stock, x, title = _stock_and_images(network, options)
+    stock, x, title = _stock_and_inputs(network, options)
     ways = options.ways.split(",") if options.ways is not None else tuple(WAYS)
     gpu = options.gpu or "h100"
 

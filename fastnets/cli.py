@@ -25,7 +25,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     import torch
 
-    from fastnets.bench.networks import Network
+    from fastnets.bench.networks import Inputs, Network
 
 app = typer.Typer(
     name="fastnets",
@@ -138,7 +138,7 @@ def _side_by_side(
     batch_size: int,
     channels_last: bool,
     **how: Any,
-) -> tuple[Network, torch.nn.Module, torch.nn.Module, torch.Tensor]:
+) -> tuple[Network, torch.nn.Module, torch.nn.Module, Inputs]:
     """The network, its stock and its fused form, and a batch for them; ``how`` goes to ``networks.load``."""
     import fastnets
     from fastnets.bench import baselines, networks
@@ -186,6 +186,7 @@ def explain(
 ) -> None:
     """Show for each layer what replaces it and which implementation runs, or why it stays stock."""
     import fastnets
+    from fastnets.bench import networks
 
     network, _, fused, x = _side_by_side(
         model,
@@ -201,9 +202,9 @@ def explain(
         seed=seed,
     )
     output.print(
-        f"{network.name} on {x.device}, input {'×'.join(map(str, x.shape))} {x.dtype}", highlight=False
+        f"{network.name} on {networks.first(x).device}, input {networks.describe(x)}", highlight=False
     )
-    print(fastnets.explain(fused, (x,)))
+    print(fastnets.explain(fused, networks.arguments(x)))
 
 
 @app.command()
@@ -223,6 +224,7 @@ def check(
 ) -> None:
     """Compare stock and fused answers, both against float64. Exit code 1 where they are too far off."""
     import fastnets
+    from fastnets.bench import networks
 
     network, stock, fused, x = _side_by_side(
         model,
@@ -237,9 +239,9 @@ def check(
         img_size=img_size,
         seed=seed,
     )
-    output.print(f"{network.name} on {x.device}, weights: {network.weights}", highlight=False)
+    output.print(f"{network.name} on {networks.first(x).device}, weights: {network.weights}", highlight=False)
     with messages.status("comparing with float64"):
-        report = fastnets.check(stock, fused, (x,))
+        report = fastnets.check(stock, fused, networks.arguments(x))
     print(report)
     if not report.ok:
         raise typer.Exit(1)
@@ -466,10 +468,10 @@ def tune(
         )  # fmt: skip
         with _progress(1) as tell:
             found = selection.select(
-                stock.train(training), fused.train(training), (x,), budget=budget, again=again,
-                tell=functools.partial(tell, network.name),
+                stock.train(training), fused.train(training), networks.arguments(x),
+                budget=budget, again=again, tell=functools.partial(tell, network.name),
             )  # fmt: skip
-        output.print(f"{network.name}, input {'×'.join(map(str, x.shape))} {x.dtype}", highlight=False)
+        output.print(f"{network.name}, input {networks.describe(x)}", highlight=False)
         print(f"{found}\n{found.seconds:.0f} seconds; kept in {store.path}")
         interrupted = found.interrupted
         if interrupted:

@@ -20,8 +20,10 @@ def create_model(
 
     num_classes: outputs of the last layer; ``None`` keeps the network's own (1000 for the ImageNet ones).
     weights: a checkpoint's path (``.pth``, ``.pt``, ``.safetensors``) or a state dict, with torchvision's
-    keys. fused: with fused layers (:func:`fastnets.optimize`); ``False`` gives plain ``torch.nn``. options:
-    the architecture's own, such as ``width_mult`` of ``mobilenet_v2``.
+    keys, or timm's where torchvision lacks the network (MobileNetV1, EfficientNet-Lite, DINOv2, EVA-02; ViT
+    takes both), or Hugging Face's (MiniLM, Llama; Llama takes Meta's as well). fused: with fused layers
+    (:func:`fastnets.optimize`); ``False`` gives plain ``torch.nn``. options: the architecture's own, such as
+    ``width_mult`` of ``mobilenet_v2``.
 
     Raises ``ValueError`` for an unknown name, with near ones, and for weights that do not fit.
     """

@@ -65,6 +65,28 @@ def test_load_gives_an_eval_network_and_its_input(name, shape):
         assert network.model(x).shape == (2, 7)
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes", "dtype"),
+    [
+        ("minilm_l6", [(2, 128)], torch.int64),
+        ("transformer", [(2, 64), (2, 64)], torch.int64),
+        ("time_series_transformer", [(2, 96, 7)], torch.bfloat16),
+        ("llama_small", [(2, 128)], torch.int64),
+    ],
+)
+def test_inputs_are_what_the_network_takes(name, shapes, dtype, monkeypatch):
+    monkeypatch.setattr(networks, "create_model", lambda name, weights: nn.Identity())
+    network = networks.load(name)
+    x = network.inputs(2, dtype=torch.bfloat16, device="meta", seed=3)
+    inputs = networks.arguments(x)
+    assert [tuple(t.shape) for t in inputs] == shapes
+    assert {t.dtype for t in inputs} == {dtype}
+    assert isinstance(x, torch.Tensor) == (len(shapes) == 1)
+    assert networks.describe(x).count("×") == sum(len(shape) - 1 for shape in shapes)
+    with pytest.raises(ValueError, match=f"--img-size 96: {name} takes no images"):
+        networks.load(name, img_size=96)
+
+
 def test_same_seed_same_network():
     one, same, other = (networks.load("lenet5", seed=seed).model.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[key], same[key]) for key in one)

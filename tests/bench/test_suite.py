@@ -74,6 +74,36 @@ def test_what_cannot_run_here_says_why(network):
     assert suite.Run({}, {}, [result]).ok
 
 
+class Translates(nn.Module):
+    """Takes two texts, has a layer that it does not use, and returns logits for every place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.unused = nn.Linear(16, 16)
+        self.linear, self.act, self.head = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 20)
+
+    def forward(self, source, target):
+        mixed = self.embedding(source).mean(1, keepdim=True) + self.embedding(target)
+        return self.head(self.act(self.linear(mixed)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_networks_that_take_two_texts(training):
+    torch.manual_seed(0)
+
+    def examples(batch_size, generator):
+        return tuple(torch.randint(20, (batch_size, 6), generator=generator) for _ in range(2))
+
+    texts = Network("texts", Translates().eval(), (6,), "none", examples=examples)
+    names = ("eager", "channels-last", "folded", "fastnets")
+    result = suite.run_network(texts, settings(*names, training=training))
+    rows = status(result)
+    assert rows.pop("folded")[0] == "unavailable"
+    assert set(rows.values()) == {("measured", "")}
+    assert result.input_shape == (2, 6)
+
+
 def test_wrong_answers_are_never_timed(network, add):
     timed = []
 
