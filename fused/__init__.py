@@ -3,6 +3,7 @@
 from fastnets.fused.attention import attention
 from fastnets.fused.batch_norm import bn_add_act
 from fastnets.fused.conv import conv_bn_act
+from fastnets.fused.conv_pool import conv_act_pool
 from fastnets.fused.cross_entropy import CrossEntropyLoss, DistillationLoss, distillation_loss
 from fastnets.fused.dropout import Dropout, StochasticDepth, stochastic_depth
 from fastnets.fused.gated import gated_act
@@ -59,6 +60,7 @@ __all__ = [
     "attention",
     "bn_act_conv_bn_act",
     "bn_add_act",
+    "conv_act_pool",
     "conv_bn_act",
     "distillation_loss",
     "gated_act",

@@ -39,6 +39,7 @@ from fastnets.fused.capture import (
 )
 from fastnets.fused.chains import Fusion, Left
 from fastnets.fused.concatenation import grow_in_place
+from fastnets.fused.conv_pool import join_pools
 from fastnets.fused.cuda_graphs import replayed
 from fastnets.fused.fuse import fuse, is_layer
 from fastnets.fused.handing_down import THEN_ADD, finish
@@ -260,6 +261,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
         else:
             modules = dict(module.named_modules(remove_duplicate=False))
             variant.fusions = join_preactivations(graph, modules, variant.fusions)
+            variant.fusions = join_pools(graph, modules, variant.fusions)
             variant.fusions = join_linear_chains(graph, modules, variant.fusions)
             variant.fusions += grow_in_place(graph, recipe.backend)
             variant.overwrites = mark_dying_residuals(graph, modules)

@@ -1,0 +1,294 @@
+"""A convolution over few channels with what follows it, down to a pooling of whole windows, as one op.
+
+    y = pool(act(bn(conv2d(x, weight) + bias)))
+
+pool is the maximum or the mean of windows of at most 2×2 pixels that touch and do not overlap, without
+padding: LeNet's, and those of its like. Inference gains by it; with gradients the parts run one after the
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastnets.fused import dispatch
+from fastnets.fused.activation import activation as activation_of
+from fastnets.fused.batch_norm import has_hooks
+from fastnets.fused.chains import Fusion
+from fastnets.fused.conv import (
+    Options,
+    Weights,
+    call_conv_bn_act,
+    conv_bn_act_op,
+    must_run_stock,
+    validate_convolution,
+    watched,
+    weights_of,
+)
+from fastnets.fused.onednn import channels_last
+from fastnets.fused.pool import call_pool2d
+
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, "
+    "Tensor? bn_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, float eps, str activation, "
+    "float negative_slope, bool maximum, SymInt[2] window, str backend) -> Tensor"
+)
+MOST_CHANNELS, MOST_OUTPUTS, MOST_ELEMENTS = 31, 64, 4  # as kernels.conv_pool
+
+
+def _pooled(y: Tensor, maximum: bool, window: list[int]) -> Tensor:
+    return F.max_pool2d(y, window) if maximum else F.avg_pool2d(y, window)
+
+
+def _triton(
+    x, weight, bias, mean, var, bn_weight, bn_bias,
+    stride, padding, dilation, eps, activation, negative_slope, maximum, window,
+) -> Tensor:  # fmt: skip
+    from fastnets.kernels.conv_pool import conv_pool as launch
+
+    return launch(
+        x,
+        weight if weight.dtype == x.dtype else weight.to(x.dtype),
+        bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype),
+        *(mean, var, bn_weight, bn_bias),
+        window=window,
+        maximum=maximum,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        eps=eps,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def _body(
+    x, weight, bias, mean, var, bn_weight, bn_bias,
+    stride, padding, dilation, eps, activation, negative_slope, maximum, window, backend,
+):  # fmt: skip
+    tensors = (x, weight, bias, mean, var, bn_weight, bn_bias)
+    geometry = (tuple(stride), tuple(padding), tuple(dilation))
+    options = (*geometry, eps, activation, negative_slope, maximum, tuple(window))
+    kind = dispatch.kind_of(tensors, (*options, dispatch.requested(backend), dispatch.device_type_of(x)))
+    call = _calls.get(kind)
+    if call is not None:
+        return call(tensors)
+    _validate(*tensors, *options)
+    if x.numel() and choose(x, backend) == "triton":
+        from fastnets.kernels.replay import Replayed
+
+        if len(_calls) >= dispatch.KINDS:
+            _calls.clear()
+        call = _calls[kind] = Replayed(_triton, options)
+        return call(tensors)
+    y = F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *options[:3])
+    if mean is not None:
+        y = F.batch_norm(y, mean, var, bn_weight, bn_bias, False, 0.0, eps)
+    return channels_last(_pooled(activation_of(activation).forward(y, negative_slope), maximum, window))
+
+
+_calls: dict[tuple, Callable] = {}
+
+
+def choose(x: Tensor, backend: str) -> str:
+    """The implementation that serves a call: "triton" or "reference"."""
+    wanted = dispatch.requested(backend)
+    return "reference" if wanted == "library" else dispatch.triton_or_reference(x, backend)
+
+
+def _validate(
+    x, weight, bias, mean, var, bn_weight, bn_bias,
+    stride, padding, dilation, eps, activation, negative_slope, maximum, window,
+) -> tuple:  # fmt: skip
+    """The shape of the result; errors name the argument, the fact and the remedy."""
+    weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
+    options = Options(stride, padding, dilation, 1, eps, activation, negative_slope)
+    N, K, P, Q = validate_convolution(x, weights, None, options)
+    if x.shape[1] > MOST_CHANNELS or K > MOST_OUTPUTS or window[0] * window[1] > MOST_ELEMENTS:
+        raise ValueError(
+            f"conv_act_pool: {x.shape[1]} channels to {K}, pooled {window[0]}×{window[1]}; served are at "
+            f"most {MOST_CHANNELS} to {MOST_OUTPUTS}, and windows of {MOST_ELEMENTS} pixels. Call "
+            "conv_bn_act and a pooling one after the other"
+        )
+    if min(window) < 1 or P < window[0] or Q < window[1]:
+        raise ValueError(f"conv_act_pool: a window of {window[0]}×{window[1]} does not fit {P}×{Q} pixels")
+    return N, K, P // window[0], Q // window[1]
+
+
+def _fake(x, *arguments):
+    return x.new_empty(_validate(x, *arguments[:-1])).to(memory_format=torch.channels_last)
+
+
+def _flops(x_shape, weight_shape, *arguments, out_shape=None, **kwargs) -> int:
+    N, K, P, Q = out_shape
+    window = arguments[-2]
+    full = (N, K, P * window[0], Q * window[1])
+    return torch.utils.flop_counter.conv_flop_count(x_shape, weight_shape, full)
+
+
+def _autograd(*args):
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:7]):
+        _validate(*args[:-1])
+        *tensors, stride, padding, dilation, eps, activation, negative_slope, maximum, window, backend = args
+        options = (stride, padding, dilation, 1, eps, activation, negative_slope, backend)
+        return channels_last(_pooled(conv_bn_act_op(*tensors, None, *options), maximum, window))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _differentiable(*args)
+
+
+def _autocast(x, *arguments):
+    with torch._C._ExcludeDispatchKeyGuard(dispatch.AUTOCAST_KEYS):
+        if x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return (_differentiable if torch.is_grad_enabled() else _infer)(x, *arguments)
+
+
+_infer = dispatch.register(
+    "conv_act_pool_inference" + _SCHEMA, _body, _fake, autocast=_autocast, flops=_flops
+)
+_differentiable = dispatch.register(
+    "conv_act_pool" + _SCHEMA, _body, _fake, autograd=_autograd, autocast=_autocast, flops=_flops
+)
+
+
+def conv_act_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    maximum: bool = True,
+    window: tuple[int, int] = (2, 2),
+    backend: str = "auto",
+) -> Tensor:
+    """``pool(act(bn(conv2d(x, weight, bias))))``; see the top of this file.
+
+    Args:
+        x: [N, C, H, W], C ≤ 31, a floating dtype, any strides.
+        weight: [K, C, R, S], K ≤ 64, of x's dtype; the vectors are [K].
+        maximum: the pooling takes the maximum, or the mean, of each ``window``.
+
+    Returns:
+        [N, K, P // window[0], Q // window[1]] of x's dtype, dense channels-last. Differentiable once.
+    """
+    op = _differentiable if torch.is_grad_enabled() else _infer
+    return op(
+        *(x, weight, bias, running_mean, running_var, bn_weight, bn_bias, stride, padding, dilation),
+        *(eps, activation, negative_slope, maximum, window, dispatch.validate_backend(backend)),
+    )
+
+
+# --- what rewritten networks call ---------------------------------------------------------------------------
+
+
+def call_conv_act_pool(
+    pool: nn.Module,
+    conv: nn.Conv2d,
+    bn: nn.Module | None,
+    act: nn.Module | None,
+    x: Tensor,
+    activation: str,
+    negative_slope: float,
+    pool_backend: str,
+    backend: str,
+) -> Tensor:
+    """``pool(act(bn(conv(x))))``: in one launch where our kernel serves it in inference, else by
+    ``call_conv_bn_act`` and ``call_pool2d``, whose remarks hold."""
+    if _in_one_launch(pool, conv, bn, act, x, backend):
+        arguments = (
+            x, *weights_of(conv, bn), conv.stride, conv.padding, conv.dilation, 0.0 if bn is None else bn.eps,
+            activation, negative_slope, type(pool) is nn.MaxPool2d, _window(pool), backend,
+        )  # fmt: skip
+        return (_infer if watched(x) else _body)(*arguments)
+    y = call_conv_bn_act(conv, bn, act, x, None, activation, negative_slope, backend)
+    return call_pool2d(pool, y, pool_backend)
+
+
+def _in_one_launch(pool, conv, bn, act, x, backend) -> bool:
+    if torch.is_grad_enabled() or conv.training or not isinstance(x, Tensor) or x.dim() != 4:
+        return False
+    wanted = dispatch.requested(backend)
+    if wanted != "triton" and not (wanted == "auto" and dispatch.device_type_of(x) == "cuda"):
+        return False
+    if x.dtype not in dispatch.OUR_DTYPES or 0 in x.shape:
+        return False
+    if bn is not None and (bn.training or bn._buffers.get("running_mean") is None):
+        return False
+    if not serves(conv, pool) or has_hooks(pool):
+        return False
+    if must_run_stock(conv, bn, act, x, conv._parameters.get("weight"), None):
+        return False
+    # Stock's errors for images that are too small.
+    sizes = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, _window(pool))
+    return all(
+        (e + 2 * p - d * (k - 1) - 1) // s + 1 >= w and e + 2 * p > d * (k - 1) for e, p, d, k, s, w in sizes
+    )
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def _window(pool: nn.Module) -> tuple[int, int]:
+    return _pair(pool.kernel_size)
+
+
+def serves(conv: nn.Conv2d, pool: nn.Module) -> bool:
+    """Whether the convolution and the pooling are of those that one launch does."""
+    if type(pool) not in (nn.MaxPool2d, nn.AvgPool2d) or pool.ceil_mode or _pair(pool.padding) != (0, 0):
+        return False
+    if type(pool) is nn.MaxPool2d and (pool.return_indices or _pair(pool.dilation) != (1, 1)):
+        return False
+    if type(pool) is nn.AvgPool2d and pool.divisor_override is not None:
+        return False
+    window = _window(pool)
+    if _pair(pool.stride) != window or not 1 < window[0] * window[1] <= MOST_ELEMENTS:
+        return False
+    plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    few = conv.in_channels <= MOST_CHANNELS and conv.out_channels <= MOST_OUTPUTS
+    return plain and few and conv.kernel_size != (1, 1)
+
+
+def join_pools(graph: fx.Graph, modules: dict[str, nn.Module], fusions: tuple) -> tuple:
+    """Let small convolutions pool their own result where a pooling alone reads it.
+
+    For graphs of inference, after all other patterns. Returns the fusions, those that joined as one.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not call_pool2d:
+            continue
+        pool, y, pool_backend = node.args
+        if not isinstance(y, fx.Node) or y.target is not call_conv_bn_act or list(y.users) != [node]:
+            continue
+        conv, bn, act, x, residual, *rest, backend = y.args
+        if residual is not None or y.kwargs or not serves(modules[conv.target], modules[pool.target]):
+            continue
+        with graph.inserting_before(node):
+            arguments = (pool, conv, bn, act, x, *rest, pool_backend, backend)
+            fused = graph.call_function(call_conv_act_pool, arguments)
+        node.replace_all_uses_with(fused)
+        graph.erase_node(node)
+        graph.erase_node(y)
+        fusions = _joined(fusions, conv.target, pool.target)
+    return fusions
+
+
+def _joined(fusions: tuple, conv: str, pool: str) -> tuple:
+    first = next(f for f in fusions if f.family == "conv" and f.path("conv") == conv)
+    second = next(f for f in fusions if f.family == "pool" and f.path("pool") == pool)
+    layers = (*first.layers, *second.layers)
+    one = Fusion("conv", f"{first.kind}+pool", layers, first.activation)
+    return tuple(one if f is first else f for f in fusions if f is not second)
