@@ -51,6 +51,7 @@ _CHOICES = {
 }
 _STOCK_ON_CPU = ("group_norm", "norm", "pool", "excite", "response_norm")
 _COUNTED = ("conv", "linear", "attention")  # the layers that have FLOPs
+_OF_NO_LAYER = ("concatenation", "rope")
 
 
 @dataclass
@@ -247,7 +248,7 @@ class _Rows:
             self.claimed.update(layers.values())
         if isinstance(head, nn.MultiheadAttention):
             self.claimed.add(head.out_proj)
-        if head is None and fusion.family != "concatenation":
+        if head is None and fusion.family not in _OF_NO_LAYER:
             self.claimed.add(module)  # of a class that is derived from the layer's and calls its function
             if fusion.family == "attention":
                 self.attending.add(prefix)
@@ -259,7 +260,7 @@ class _Rows:
             row.implementation = self._implementation(path, fusion, module, layers)
         if fusion.family == "attention" and head is None:
             row.flops, row.bytes = self.shapes.attention_cost(path)
-        elif fusion.family not in ("block", "concatenation"):
+        elif fusion.family not in ("block", *_OF_NO_LAYER):
             row.flops, row.bytes = self.shapes.cost(path, head if head is not None else module, parts)
         self._add(path, row)
 
@@ -303,6 +304,9 @@ class _Rows:
             return "the block's last layer"
         if fusion.family == "concatenation":
             return "one buffer" if _device_of([module]) == "cuda" else "stock"
+        if fusion.family == "rope":
+            stock = _device_of([module]) != "cuda" and backend in ("auto", dispatch.UNFOLDED)
+            return "stock" if stock else "reference" if backend == "reference" else "triton"
         head = next(iter(layers.values()), module)
         x = self.shapes.example_for(path, head)
         if fusion.family == "conv":

@@ -8,6 +8,7 @@ from fastnets.fused.chains import Memory, name_of
 from fastnets.fused.excite_patterns import ExciteFinder
 from fastnets.fused.layout import LayoutError
 from fastnets.fused.patterns import ConvFinder, is_batch_norm, is_convolution
+from fastnets.fused.rope_patterns import RopeFinder
 from fastnets.fused.transformer_patterns import TransformerFinder, is_attention, is_linear, is_norm
 
 
@@ -27,7 +28,7 @@ def fuse(graph: fx.Graph, root: nn.Module, backend: str, keep_stock: frozenset[s
     graph whose meaning depends on the layout of its tensors.
     """
     memory = Memory(graph, dict(root.named_modules(remove_duplicate=False)))
-    kinds = (ConvFinder, TransformerFinder, ExciteFinder)
+    kinds = (ConvFinder, RopeFinder, TransformerFinder, ExciteFinder)
     finders = [kind(graph, root, backend, keep_stock, memory) for kind in kinds]
     for finder in finders:
         finder.fuse()
