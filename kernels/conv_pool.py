@@ -150,7 +150,7 @@ def conv_pool(
     products = products_of(x.element_size(), call.precision, device)
     if config is None:
         config = _choose(products, M, K, device)
-    elif config not in _configs(products) or config.BLOCK_N < K:
+    elif config not in _configs(products, device) or config.BLOCK_N < K:
         raise UnsupportedConfig(f"{config} is not for {K} outputs of {products} products")
     launch(
         conv_pool_kernel, (tiles(M, config.BLOCK_M),), x, weight, y, *call.vectors,
@@ -172,11 +172,13 @@ def why_not_pooled(C: int, K: int, window: tuple[int, int]) -> str | None:
     return None
 
 
-def _configs(products: str) -> list[Config]:
+def _configs(products: str, device: Device) -> list[Config]:
     BLOCK_K = 16 if products == "fma" else 32
+    spills = (32, 16) if products == "fma" and device.capability in (100, 103) else None
     return [
         Config(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4, num_stages=2)
         for BLOCK_M, BLOCK_N in ((32, 16), (32, 32), (32, 64), (64, 16), (64, 32))  # larger ones spill
+        if (BLOCK_M, BLOCK_N) != spills
     ]
 
 
@@ -184,13 +186,14 @@ def _choose(products: str, M: int, K: int, device: Device) -> Config:
     """The narrowest columns that hold K; tall tiles where they are enough for every multiprocessor."""
     BLOCK_N = max(16, triton.next_power_of_2(K))
     BLOCK_M = 64 if BLOCK_N < 64 and tiles(M, 64) >= 2 * device.multiprocessors else 32
-    return next(c for c in _configs(products) if (c.BLOCK_M, c.BLOCK_N) == (BLOCK_M, BLOCK_N))
+    fitting = [c for c in _configs(products, device) if c.BLOCK_N == BLOCK_N]
+    return next((c for c in fitting if c.BLOCK_M == BLOCK_M), fitting[0])
 
 
 def configs(device: Device) -> list[Config]:
     """Every config that may be picked on this device."""
     kinds = ("fma",) if device.capability < 80 else ("16-bit", "fma")
-    return [config for kind in kinds for config in _configs(kind)]
+    return [config for kind in kinds for config in _configs(kind, device)]
 
 
 def representative_calls() -> list[RepresentativeCall]:
