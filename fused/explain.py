@@ -261,8 +261,20 @@ class _Rows:
         if fusion.family == "attention" and head is None:
             row.flops, row.bytes = self.shapes.attention_cost(path)
         elif fusion.family not in ("block", *_OF_NO_LAYER):
-            row.flops, row.bytes = self.shapes.cost(path, head if head is not None else module, parts)
+            row.flops, row.bytes = self._cost(prefix, fusion, head if head is not None else module, layers)
         self._add(path, row)
+
+    def _cost(self, prefix: str, fusion: Fusion, head: nn.Module, layers: dict) -> tuple:
+        """FLOPs and bytes of a fused call: of a chain of linear layers, of all of them."""
+        found = [(fusion.head, head)]
+        found += [(path, layers[role]) for role, path in fusion.layers if role.startswith("linear ")]
+        parts: list[list[str]] = []
+        for part in fusion.kind.split("+"):
+            if not parts or part == "linear":
+                parts.append([])
+            parts[-1].append(part)
+        costs = [self.shapes.cost(_join(prefix, p), layer, own) for (p, layer), own in zip(found, parts)]
+        return (None, None) if None in costs[0] else tuple(map(sum, zip(*costs)))
 
     @staticmethod
     def _why_stock_now(fusion: Fusion, layers: dict[str, nn.Module]) -> str:

@@ -57,7 +57,7 @@ def _sum_read_later(m, x):
 
 PATTERNS = {
     "linear": (lambda m, x: m.square(x), ["linear"]),
-    "mlp": (lambda m, x: m.fc2(m.drop(m.act(m.fc1(x)))), ["linear", "linear+gelu"]),
+    "mlp": (lambda m, x: m.fc2(m.drop(m.act(m.fc1(x)))), ["linear+gelu+linear"]),
     "F.silu": (lambda m, x: F.silu(m.fc1(x)), ["linear+silu"]),
     "residual": (lambda m, x: x + m.drop(m.square(x)), ["linear+add"]),
     "parameter scale": (lambda m, x: x + m.gamma * m.square(x), ["linear+scale+add"]),
@@ -72,7 +72,7 @@ PATTERNS = {
     "sum read later": (_sum_read_later, ["add+layer_norm"]),
     "post-norm": (lambda m, x: m.norm(x + m.square(x)), ["layer_norm", "linear+add"]),
     "gate": (lambda m, x: m.fc2(F.silu(m.fc1(x)) * m.wide(x)[..., :16]), ["linear"] * 2 + ["linear+silu"]),
-    "SwiGLU": (lambda m, x: F.silu(m.square(x)) * m.fc2(m.fc1(x)), ["linear"] * 3 + ["silu*up"]),
+    "SwiGLU": (lambda m, x: F.silu(m.square(x)) * m.fc2(m.fc1(x)), ["linear", "linear+linear", "silu*up"]),
     "GEGLU of halves": (_gate_of_halves, ["linear", "linear", "silu*up"]),
     "attention": (lambda m, x: F.scaled_dot_product_attention(x, x, x), ["attention"]),
     "F.linear": (lambda m, x: F.linear(x, m.square.weight), ["linear"]),
@@ -234,7 +234,7 @@ def test_explain_of_blocks(stock):
     rows = {(row.path, row.kind): row for row in report.rows}
     assert all(row.fused for row in report.rows)
     assert rows["0.attn", "attention"].flops == 2 * 2 * 2 * 2 * 5 * 5 * 4
-    assert rows["0.mlp.fc1", "linear+gelu"].flops == 2 * 2 * 5 * 8 * 16
+    assert rows["0.mlp.fc1", "linear+gelu+linear"].flops == 2 * 2 * 2 * 5 * 8 * 16
     assert ("0.mlp", "block+scale+add") in rows
     assert report.coverage == 1
     assert "attention fused: 2 of 2" in str(report)
