@@ -457,9 +457,11 @@ def _chooses_library(query, key, value, additive, lacking: bool, backend: str) -
     return current_device(query).capability < 80
 
 
-def implementation_of(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> str:
+def implementation_of(
+    query: Tensor, key: Tensor, value: Tensor, backend: str = "auto", attn_mask: Tensor | None = None
+) -> str:
     """What runs for a call with SDPA's arguments alone: "library", "triton" or "reference"."""
-    if _chooses_library(query, key, value, None, False, backend):
+    if _chooses_library(query, key, value, attn_mask, False, backend):
         return "library"
     return choose(query, key, value, backend)
 

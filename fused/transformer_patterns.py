@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastnets.fused.attention import attention
+from fastnets.fused.attention import attention, implementation_of
 from fastnets.fused.batch_norm import has_hooks, in_transform
 from fastnets.fused.capture import CaptureError, capture
 from fastnets.fused.chains import FRESH_FUNCTIONS, Chain, ChainFinder, Fusion, Left, addends, name_of, writes
@@ -347,12 +347,24 @@ class TransformerFinder(ChainFinder):
         call, kind = _FUNCTIONS[node.target]
         if "input" in node.kwargs:
             return
+        kwargs, read = {**node.kwargs, "backend": self.unfolding}, [node]
+        repeated = node.kwargs.get("attn_mask")
+        if call is call_attention and self._may_stay_short(repeated, node):
+            kwargs["attn_mask"], kwargs["repeats"] = repeated.args[:2]
+            read.insert(0, repeated)
         with self.graph.inserting_before(node):
-            kwargs = {**node.kwargs, "backend": self.unfolding}
             fused = self.graph.call_function(call, node.args, kwargs)
         node.replace_all_uses_with(fused)
-        self.erase([node])
+        self.erase(read)
         self.fusions.append(Fusion(kind, kind))
+
+    def _may_stay_short(self, mask: object, reader: fx.Node) -> bool:
+        """Whether ``mask`` is ``short.repeat(n, 1, 1, 1)`` for this reader alone."""
+        if not isinstance(mask, fx.Node) or mask.op != "call_method" or mask.target != "repeat":
+            return False
+        if mask.args[2:] != (1, 1, 1) or mask.kwargs or list(mask.users) != [reader]:
+            return False
+        return self.memory.write_between([mask, reader], mask, mask.args[0]) is None
 
     def note_leftovers(self) -> None:
         """Record what follows a linear layer, could in principle be fused, and was not."""
@@ -372,12 +384,33 @@ class TransformerFinder(ChainFinder):
             self.left.append(Left(node.target if node.op == "call_module" else node.name, kind, reason))
 
 
-def call_attention(*arguments: object, backend: str = "auto", **options: object) -> Tensor:
-    """``F.scaled_dot_product_attention`` by the fused op where that serves, by PyTorch's elsewhere."""
+def call_attention(
+    *arguments: object, backend: str = "auto", repeats: int | None = None, **options: object
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` by the fused op where that serves, by PyTorch's elsewhere.
+
+    repeats: how often the network repeats ``attn_mask`` along the batch; our kernels read it as it is.
+    """
+    if repeats is not None:
+        query, key, value, mask = *arguments[:3], options["attn_mask"]
+        if _reads_in_turn(query, key, value, mask, repeats, backend):
+            apart = (t.unflatten(0, (repeats, -1)) for t in arguments[:3])
+            return attention(*apart, backend=backend, **options).flatten(0, 1)
+        options["attn_mask"] = mask.repeat(repeats, 1, 1, 1)
     tensors = [a for a in (*arguments[:4], *options.values()) if isinstance(a, Tensor)]
     if any(type(t) not in (Tensor, nn.Parameter) or t.is_nested for t in tensors) or in_transform():
         return F.scaled_dot_product_attention(*arguments, **options)
     return attention(*arguments, backend=backend, **options)
+
+
+def _reads_in_turn(query, key, value, mask, repeats: int, backend: str) -> bool:
+    """Whether our kernels run, and can take a mask of ``batch / repeats`` for each part of the batch."""
+    if not all(type(t) in (Tensor, nn.Parameter) and t.dim() == 4 for t in (query, key, value, mask)):
+        return False
+    batches = {query.shape[0], key.shape[0], value.shape[0], mask.shape[0] * repeats}
+    if repeats < 2 or len(batches) != 1 or in_transform():
+        return False
+    return implementation_of(query, key, value, backend, mask) == "triton"
 
 
 def call_layer_norm_function(

@@ -65,7 +65,8 @@ def position_bias(table: Tensor, index: Tensor, window: int) -> Tensor:
 
 @torch.fx.wrap
 def with_seams(bias: Tensor, x: Tensor, window: int, shift: int) -> Tensor:
-    """The bias, (N · windows, heads, ...) where shifted windows hold parts that are no neighbours.
+    """The bias of each window of an image, (windows, heads, ...), where shifted ones hold parts that are no
+    neighbours.
 
     Those pairs get -100, as in the paper's code. Without a shift all windows have the same
     bias, (1, heads, ...).
@@ -86,7 +87,13 @@ def with_seams(bias: Tensor, x: Tensor, window: int, shift: int) -> Tensor:
     region = (row[:, None] * 3 + column)[None, :, :, None]
     region = windows_of(region, window, 0).squeeze(2)
     seam = (region[:, :, None] != region[:, None, :]).to(bias.dtype) * -100.0
-    return (bias + seam.unsqueeze(1)).repeat(x.shape[0], 1, 1, 1)
+    return bias + seam.unsqueeze(1)
+
+
+@torch.fx.wrap
+def images_of(query: Tensor, bias: Tensor) -> int:
+    """How often the windows' bias is to be repeated for a batch of images; once where it broadcasts."""
+    return 1 if bias.shape[0] == 1 else query.shape[0] // bias.shape[0]
 
 
 def _shifts(x: Tensor, window: int, shift: int) -> tuple[int, int]:
@@ -109,11 +116,14 @@ class ShiftedWindowAttention(nn.Module):
         qkv = self.qkv(windows_of(x, self.window, self.shift))
         query, key, value = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         bias = position_bias(self.relative_position_bias_table, self.relative_position_index, self.window)
+        bias = with_seams(bias, x, self.window, self.shift)
+        if self.shift:
+            bias = bias.repeat(images_of(query, bias), 1, 1, 1)
         mixed = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=with_seams(bias, x, self.window, self.shift),
+            attn_mask=bias,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return image_of(self.proj(mixed.transpose(1, 2).flatten(2)), x, self.window, self.shift)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastnets
+from fastnets.fused import transformer_patterns
 from fastnets.fused.swap import Rewritten, variants_in_force
+from tests.accuracy import assert_close_to
 from tests.fused.networks import assert_same_answers, graphs, images
 
 
@@ -263,3 +265,47 @@ def test_convnext_blocks_fuse_through_the_permutation():
     x = images(2, 8, 6, 5)
     assert_same_answers(stock, fast, x)
     assert_same_answers(stock, fast, x.to(memory_format=torch.channels_last))
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+class Windows(nn.Module):
+    """Attention in two windows of each image, which differ in their bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        self.bias = nn.Parameter(torch.randn(2, 2, 5, 5))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.bias.repeat(x.shape[0] // 2, 1, 1, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def test_a_mask_repeated_along_the_batch_is_read_as_it_is(lane, monkeypatch):
+    torch.manual_seed(0)
+    stock, x = Windows(), torch.randn(6, 5, 32)
+    grads, outs = [], []
+    for dtype in (torch.float64, torch.float32):
+        model = copy.deepcopy(stock).to(dtype)
+        outs.append(model(x.to(dtype)))
+        outs[-1].square().sum().backward()
+        grads.append(model.bias.grad)
+    seen = []
+    ours = transformer_patterns.attention
+    monkeypatch.setattr(
+        transformer_patterns,
+        "attention",
+        lambda q, *rest, **options: seen.append(q.shape) or ours(q, *rest, **options),
+    )
+    fast = fastnets.optimize(stock, backend="triton").to(lane.device)
+    with lane:
+        out = fast(lane.put(x))
+        out.square().sum().backward()
+    assert seen == [(3, 2, 2, 5, 16)]
+    assert_close_to(*(t.detach() for t in (*outs, out)))
+    assert_close_to(*grads, fast.bias.grad, ratio=3)
+    for size in (6, 2):
+        torch.testing.assert_close(fastnets.optimize(stock)(x[:size]), stock(x[:size]))
