@@ -529,3 +529,27 @@ def test_optimised_answers_are_stocks(name, options):
     inputs = example_inputs(name, generator=torch.Generator().manual_seed(0))
     exact = copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in inputs))
     assert_close_to(exact, model(*inputs), fastnets.optimize(model)(*inputs))
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("eva02_b_14", {"heads": 2, "image_size": 28, "num_classes": 5}),
+        ("llama_small", {"heads": 4, "key_heads": 2, "head_dim": 16, "vocabulary": 60, "max_length": 9}),
+    ],
+)
+@torch.no_grad()
+def test_our_kernels_serve_small_ones(name, options, lane):
+    torch.manual_seed(0)
+    model = randomised(create_model(name, width=64, hidden=96, depth=1, **options)).eval()
+    texts = name == "llama_small"
+    x = torch.randint(60, (2, 9)) if texts else torch.randn(1, 3, 28, 28)
+    exact, stock = copy.deepcopy(model).double()(x if texts else x.double()), model(x)
+    fast = fastnets.optimize(model, backend="triton").to(lane.device)
+    with lane:
+        outs = [fast(lane.put(x))]
+        if texts:
+            cache = KeyValueCache(fast, 2)
+            outs.append(torch.cat([fast(lane.put(part), cache) for part in x.split((4, 1, 4), 1)], 1))
+    for out in outs:
+        assert_close_to(exact, stock, out)
