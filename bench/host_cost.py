@@ -27,6 +27,7 @@ from torch import nn
 
 from fastnets.bench.networks import arguments, load
 from fastnets.fused import dispatch
+from fastnets.fused.attention import attention
 from fastnets.fused.batch_norm import bn_add_act_inference
 from fastnets.fused.conv import call_conv_bn_act
 from fastnets.fused.measure import Comparison, measure
@@ -66,6 +67,9 @@ def measure_cuda_path(rounds: int = 30) -> Comparison:
     pointwise, depthwise = layer(64, 64, 1), layer(64, 64, 3, padding=1, groups=64)
     stem, (conv, bn, _) = layer(3, 64, 7, padding=3, stride=2), layer(64, 64, 3, padding=1)
     x, residual, picture = image(64), image(64), image(3, 16)
+    q, k, v, dout = (torch.randn(2, 4, 16, 64, device=device, dtype=dtype) for _ in range(4))
+    saved = (0.125, -1, -1, False, 0.0, 0.0, False, "triton")
+    out, lse = torch.randn_like(q), torch.zeros(2, 4, 16, device=device)
     vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
     variants = {
         "stock convolution": lambda: conv(x),
@@ -75,6 +79,10 @@ def measure_cuda_path(rounds: int = 30) -> Comparison:
         "depthwise conv 3×3 + BN + ReLU": lambda: call_conv_bn_act(*depthwise, x, None, "relu"),
         "BN + add + ReLU": lambda: bn_add_act_inference(
             x, None, *vectors, residual, 1e-5, "relu", 0.0, "triton"
+        ),
+        "attention": lambda: attention(q, k, v),
+        "attention, backward": lambda: torch.ops.fastnets.attention_backward(
+            dout, None, q, k, v, out, lse, *(None,) * 6, *saved
         ),
     }
     with contextlib.ExitStack() as stack:

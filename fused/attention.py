@@ -29,7 +29,8 @@ _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? seed, "
     "Tensor? cu_query, Tensor? cu_key"
 )
-_SCALARS = "float scale, int left, int right, bool bottom_right, float softcap, float dropout_p, str backend"
+_OPTIONS = "float scale, int left, int right, bool bottom_right, float softcap, float dropout_p"
+_SCALARS = f"{_OPTIONS}, str backend"
 
 # --- the reference ------------------------------------------------------------------------------------------
 
@@ -177,10 +178,12 @@ def choose(query: Tensor, key: Tensor, value: Tensor, backend: str, backward: bo
     return "reference" if too_wide or empty else chosen
 
 
+@dispatch.replays(tensors=9)
 def _body(q, k, v, bias, mask, slopes, seed, cu_query, cu_key, *scalars):
     return _run(q, k, v, bias, mask, slopes, seed, cu_query, cu_key, scalars, False)[0]
 
 
+@dispatch.replays(tensors=9)
 def _with_lse_body(q, k, v, bias, mask, slopes, seed, cu_query, cu_key, *scalars):
     return _run(q, k, v, bias, mask, slopes, seed, cu_query, cu_key, scalars, True)
 
@@ -210,10 +213,11 @@ def _with_lse_fake(q, *arguments):
     return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
+@dispatch.replays(tensors=13)
 def _backward_body(
     dout, dlse, q, k, v, out, lse, bias, mask, slopes, seed, cu_query, cu_key, *scalars
 ):  # fmt: skip
-    *scalars, backend, bias_gradient = scalars
+    *scalars, bias_gradient, backend = scalars
     options = Options(*scalars)
     if choose(q, k, v, backend, backward=True) == "triton":
         from fastnets.kernels.attention_backward import attention_backward as launch
@@ -238,7 +242,7 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, bias, *rest):
         dq,
         dk,
         dv,
-        torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if rest[-1] else q.new_empty(0),
+        torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if rest[-2] else q.new_empty(0),
     )
 
 
@@ -273,7 +277,7 @@ _infer = dispatch.register(
 _backward = dispatch.register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor lse, Tensor? bias, Tensor? mask, Tensor? slopes, Tensor? seed, Tensor? cu_query, Tensor? cu_key, "
-    f"{_SCALARS}, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, bool bias_gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_body,
     _backward_fake,
     flops=_backward_flops,
@@ -301,8 +305,9 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(tensors[3])
         wanted = bias is not None and ctx.needs_input_grad[3]
+        *options, backend = ctx.scalars
         dq, dk, dv, dbias = _backward(
-            dout, dlse, *tensors, bias, mask, slopes, seed, cu_query, cu_key, *ctx.scalars, wanted
+            dout, dlse, *tensors, bias, mask, slopes, seed, cu_query, cu_key, *options, wanted, backend
         )
         return dq, dk, dv, dbias if wanted else None, *(None,) * 12
 
@@ -518,7 +523,8 @@ def _packed(cu_seqlens, query, key) -> tuple[Tensor | None, Tensor | None]:
     """cu_seqlens of queries and of keys, checked; on CUDA by an assertion there, once for each tensor."""
     if cu_seqlens is None:
         return None, None
-    pair = (cu_seqlens, cu_seqlens) if isinstance(cu_seqlens, Tensor) else tuple(cu_seqlens)
+    # Two tensors in any case: launches on one that is two arguments are not repeated, see kernels.replay.
+    pair = (cu_seqlens, cu_seqlens.detach()) if isinstance(cu_seqlens, Tensor) else tuple(cu_seqlens)
     for cu, length in zip(pair, (query.shape[2], key.shape[2])):
         if cu.dtype != torch.int32 or cu.dim() != 1 or cu.numel() < 2:
             raise ValueError(

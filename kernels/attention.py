@@ -21,7 +21,7 @@ import triton.language as tl
 from fastnets.kernels.activation import activate
 from fastnets.kernels.attention_calls import AttentionCall, attention_calls, check_config
 from fastnets.kernels.attention_configs import forward_config, forward_configs, forward_configs_for
-from fastnets.kernels.attention_problem import Options, Problem, attention_problem
+from fastnets.kernels.attention_problem import Options, Problem, attention_problem, empty_like_heads
 from fastnets.kernels.attention_tile import (
     LOWEST,
     add_terms,
@@ -215,8 +215,7 @@ def attention_forward(
     """
     problem = attention_problem(q, k, v, bias, mask, slopes, seed, cu, options)
     grid, config, options_of_launch = _launch_of(problem, config)
-    o = torch.empty((problem.B, problem.M, problem.H, problem.D_V), dtype=q.dtype, device=q.device)
-    o = o.transpose(1, 2)
+    o = empty_like_heads(q, problem.H, problem.M, problem.D_V)
     lse = None
     if keep_lse:
         lse = torch.empty((problem.B, problem.H, problem.M), dtype=torch.float32, device=q.device)

@@ -14,6 +14,7 @@ the bias was broadcast to, in a fixed order.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +23,14 @@ import triton.language as tl
 from fastnets.kernels.attention_bias import attention_bias_gradient
 from fastnets.kernels.attention_calls import AttentionCall, attention_calls, check_config
 from fastnets.kernels.attention_configs import backward_config, backward_configs, backward_configs_for
-from fastnets.kernels.attention_problem import Options, attention_problem, delta_steps, gradient_steps
+from fastnets.kernels.attention_problem import (
+    Options,
+    Problem,
+    attention_problem,
+    delta_steps,
+    empty_like_heads,
+    gradient_steps,
+)
 from fastnets.kernels.attention_tile import (
     LOG2E,
     keep_factor,
@@ -379,31 +387,24 @@ def attention_backward(
     problem = attention_problem(q, k, v, bias, mask, slopes, seed, cu, options)
     if do.stride(3) != 1:
         do = do.contiguous()
-    numbers, flags = gradient_steps(problem, do)
-    B, H, HK, M, N, D, D_V = (getattr(problem, n) for n in ("B", "H", "HK", "M", "N", "D", "D_V"))
-    delta = torch.empty((B, H, M), dtype=torch.float32, device=q.device)
-    steps, vec = delta_steps(o, do)
+    plan = problem.launches.get(("backward", o.stride(), do.stride(), config))
+    if plan is None:
+        plan = problem.launches["backward", o.stride(), do.stride(), config] = _plan(problem, o, do, config)
+    H, M, N, D, D_V = problem.H, problem.M, problem.N, problem.D, problem.D_V
+    delta = torch.empty_like(lse)
     launch(
-        attention_delta_kernel, (tiles(M, DELTA.BLOCK) * H * B,), o, do, dlse, delta, H, M, *steps,
-        config=DELTA, reads=(o, do, dlse), writes=(delta,), D_V=D_V, VEC=vec, BLOCK_D_V=flags["BLOCK_D_V"],
+        attention_delta_kernel, plan.delta_grid, o, do, dlse, delta, H, M, *plan.delta_numbers,
+        config=DELTA, reads=(o, do, dlse), writes=(delta,), **plan.delta_flags,
     )  # fmt: skip
-    if config is None:
-        config = backward_config(problem.dtype, problem.block_d, problem.device)
-    if cu is None:
-        count_m, count_n = tiles(M, config.BLOCK_M), tiles(N, config.BLOCK_N)
-    else:
-        count_m, count_n = M // config.BLOCK_M + problem.sequences, N // config.BLOCK_N + problem.sequences
-    dq, dk, dv = (
-        torch.empty((B, length, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)
-        for length, heads, width in ((M, H, D), (N, HK, D), (N, HK, D_V))
-    )
+    dq = empty_like_heads(q, H, M, D)
+    dk = empty_like_heads(q, problem.HK, N, D)
+    dv = empty_like_heads(q, problem.HK, N, D_V)
     cu_m, cu_n = cu if cu is not None else (None, None)
-    programs = B * HK * (count_n + H // HK * count_m)
     launch(
-        attention_backward_kernel, (programs,), q, k, v, do, lse, delta, dq, dk, dv, bias, mask, slopes,
-        seed if options.dropout_p else None, cu_m, cu_n, *numbers, options.scale,
-        config=config, reads=(q, k, v, do, lse, delta, bias, mask), writes=(dq, dk, dv),
-        flops=2 * B * H * M * N * (3 * D + 2 * D_V), **flags,
+        attention_backward_kernel, plan.grid, q, k, v, do, lse, delta, dq, dk, dv, bias, mask, slopes,
+        seed if options.dropout_p else None, cu_m, cu_n, *plan.numbers, options.scale,
+        config=plan.config, reads=(q, k, v, do, lse, delta, bias, mask), writes=(dq, dk, dv),
+        flops=plan.flops, **plan.flags,
     )  # fmt: skip
     dbias = None
     if bias_gradient:
@@ -411,6 +412,39 @@ def attention_backward(
             q, k, v, do, lse, delta, options, bias=bias, mask=mask, slopes=slopes, seed=seed
         )
     return dq, dk, dv, dbias
+
+
+class _Plan(NamedTuple):
+    """What the launches of one kind of call have in common."""
+
+    delta_grid: tuple[int]
+    delta_numbers: tuple
+    delta_flags: dict
+    grid: tuple[int]
+    numbers: tuple
+    flags: dict
+    config: Config
+    flops: int
+
+
+def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | None) -> _Plan:
+    numbers, flags = gradient_steps(problem, do)
+    steps, vec = delta_steps(o, do)
+    B, H, HK, M, N = problem.B, problem.H, problem.HK, problem.M, problem.N
+    if config is None:
+        config = backward_config(problem.dtype, problem.block_d, problem.device)
+    if problem.sequences:
+        count_m, count_n = (
+            rows // block + problem.sequences for rows, block in ((M, config.BLOCK_M), (N, config.BLOCK_N))
+        )
+    else:
+        count_m, count_n = tiles(M, config.BLOCK_M), tiles(N, config.BLOCK_N)
+    return _Plan(
+        (tiles(M, DELTA.BLOCK) * H * B,), tuple(steps),
+        {"D_V": problem.D_V, "VEC": vec, "BLOCK_D_V": flags["BLOCK_D_V"]},
+        (B * HK * (count_n + H // HK * count_m),), numbers, flags, config,
+        2 * B * H * M * N * (3 * problem.D + 2 * problem.D_V),
+    )  # fmt: skip
 
 
 def _run(call: AttentionCall, config: Config | None = None):

@@ -20,6 +20,7 @@ __all__ = [
     "attention_problem",
     "check_attention",
     "delta_steps",
+    "empty_like_heads",
     "gradient_steps",
 ]
 
@@ -48,8 +49,7 @@ class Problem:
     """A checked kind of call.
 
     B, H, HK, M, N, D, D_V: sizes, of packed sequences M and N in all. numbers: the kernels' scalar arguments,
-    in their order. flags: their constexprs. launches: what
-    launchers keep.
+    in their order. flags: their constexprs. launches: what launchers keep.
     """
 
     __slots__ = (
@@ -139,6 +139,13 @@ def delta_steps(o: torch.Tensor, do: torch.Tensor) -> tuple[list[int], int]:
     strides = o.stride(), do.stride()
     vec = common_vector(o.element_size(), (o.shape, do.shape), strides)
     return [*in_vectors(strides[0], vec), *in_vectors(strides[1], vec)], vec
+
+
+def empty_like_heads(q: torch.Tensor, heads: int, length: int, width: int) -> torch.Tensor:
+    """[batch, heads, length, width] of q's kind, lying in memory as [batch, length, heads, width]."""
+    shape = (q.shape[0], heads, length, width)
+    strides = (length * heads * width, width, heads * width, 1)
+    return torch.empty_strided(shape, strides, dtype=q.dtype, device=q.device)
 
 
 def power_of_two(n: int) -> int:
