@@ -13,6 +13,8 @@ __all__ = [
     "backward_configs_for",
     "bias_config",
     "bias_configs",
+    "decode_config",
+    "decode_configs",
     "forward_config",
     "forward_configs",
     "forward_configs_for",
@@ -131,9 +133,9 @@ def backward_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config
 
 
 def bias_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:
-    """Of the bias's gradient: square tiles of it."""
+    """Of the bias's gradient: square tiles of it, 16 rows for each warp, so that no two warps do the same."""
     tile = 64 if dtype != torch.float32 and head_dim <= 64 else 32 if head_dim <= 128 else 16
-    return Config(BLOCK_M=tile, BLOCK_N=tile, num_warps=4, num_stages=1)
+    return Config(BLOCK_M=tile, BLOCK_N=tile, num_warps=tile // 16, num_stages=1)
 
 
 def bias_configs(device: Device) -> list[Config]:
@@ -141,4 +143,20 @@ def bias_configs(device: Device) -> list[Config]:
     if device.capability < MATRIX_UNITS:
         return []
     picked = [bias_config(dtype, d, device) for dtype in (torch.float16, torch.float32) for d in _BACKWARD]
+    return list(dict.fromkeys(picked))
+
+
+def decode_config(dtype: torch.dtype, head_dim: int) -> Config:
+    """Of a few queries; head_dim: the greater of q's and v's, a power of two."""
+    n = 64 if dtype != torch.float32 and head_dim <= 128 else 32 if head_dim <= 128 else 16
+    if dtype != torch.float32 and head_dim == 256:
+        n = 32
+    return Config(BLOCK_ROWS=16, BLOCK_N=n, num_warps=4, num_stages=2 if dtype == torch.float32 else 3)
+
+
+def decode_configs(device: Device) -> list[Config]:
+    """Every config that ``decode_config`` may pick; none without matrix units."""
+    if device.capability < MATRIX_UNITS:
+        return []
+    picked = [decode_config(dtype, d) for dtype in (torch.float16, torch.float32) for d in _BACKWARD]
     return list(dict.fromkeys(picked))

@@ -50,7 +50,7 @@ def check(lane, case, t=None, one_hot=False):
             continue
         ratio = 2.0 if name == "o" else 3.0
         if name == "dv" and one_hot:
-            # The backward has p = 2^(s - lse), and s and lse are of fp32: an ulp of theirs is of p relatively.
+            # The backward has p = 2^(s - lse) of fp32 s and lse: an ulp of theirs is as much of p.
             error, theirs_error = (result.double().cpu() - exact).norm(), (theirs.double() - exact).norm()
             largest = t.q.double().norm(dim=-1).max() * t.k.double().norm(dim=-1).max() * case.options.scale
             if t.bias is not None:
