@@ -133,9 +133,12 @@ def backward_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config
 
 
 def bias_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:
-    """Of the bias's gradient: square tiles of it, 16 rows for each warp, so that no two warps do the same."""
-    tile = 64 if dtype != torch.float32 and head_dim <= 64 else 32 if head_dim <= 128 else 16
-    return Config(BLOCK_M=tile, BLOCK_N=tile, num_warps=tile // 16, num_stages=1)
+    """Of the bias's gradient: square tiles of it, the largest that do not spill."""
+    if dtype == torch.float32:
+        return Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    if head_dim <= 128:
+        return Config(BLOCK_M=32, BLOCK_N=32, num_warps=2 if head_dim <= 64 else 4, num_stages=1)
+    return Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 
 
 def bias_configs(device: Device) -> list[Config]:

@@ -36,8 +36,9 @@ __all__ = ["ROWS", "attention_decode", "configs", "representative_calls"]
 
 ROWS = 16  # of a tile: what tensor cores take at least
 # Splits that the second pass merges at most, and programs for each multiprocessor that splitting aims at.
-SPLITS = 64
+SPLITS = 32
 PROGRAMS = 2
+MERGE = Config(BLOCK=32, BLOCK_SPLITS=SPLITS, num_warps=1, num_stages=1)
 
 
 @triton.jit(do_not_specialize=["heads", "M", "N", "left", "right", "bias_period", "mask_period", "keys_each"])
@@ -140,9 +141,9 @@ def attention_decode_kernel(
 @triton.jit(do_not_specialize=["rows", "splits"])
 def attention_merge_kernel(
     parts, tops, totals, o, rows, splits,
-    D_V: tl.constexpr, BLOCK_D_V: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    D_V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """o [rows, D_V] from the splits' shares. Grid: (rows)."""
+    """o [rows, D_V] from the splits' shares. Grid: (rows, tiles of D_V)."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK_SPLITS)
     there = split < splits
@@ -151,7 +152,7 @@ def attention_merge_kernel(
     total = tl.load(totals + at)
     share = tl.where(there, tl.exp2(top - tl.max(top, axis=0)), 0.0)
     whole = tl.sum(total * share, axis=0)
-    d = tl.arange(0, BLOCK_D_V)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part = tl.load(
         parts + ((at * D_V)[:, None] + d[None, :]), mask=there[:, None] & (d < D_V)[None, :], other=0.0
     )
@@ -176,7 +177,6 @@ class _Plan(NamedTuple):
     config: Config
     programs: int
     wanted_splits: int
-    merge: Config
 
 
 _plans: dict = {}
@@ -218,9 +218,9 @@ def attention_decode(
     )  # fmt: skip
     if splits > 1:
         launch(
-            attention_merge_kernel, (B * M * H,), parts, tops, totals, o, B * M * H, splits,
-            config=plan.merge, reads=(parts, tops, totals), writes=(o,),
-            D_V=D_V, BLOCK_D_V=plan.flags["BLOCK_D_V"], BLOCK_SPLITS=SPLITS,
+            attention_merge_kernel, (B * M * H, tiles(D_V, MERGE.BLOCK)), parts, tops, totals, o,
+            B * M * H, splits,
+            config=MERGE, reads=(parts, tops, totals), writes=(o,), D_V=D_V,
         )  # fmt: skip
     return o
 
@@ -252,7 +252,7 @@ def _plan_of(q, k, v, bias, mask, slopes, options: Options, config: Config | Non
         _plans.clear()
     plan = _plans[key] = _Plan(
         problem.numbers[:2], problem.numbers[3:], problem.flags, config, programs,
-        tiles(PROGRAMS * device.multiprocessors, programs), Config(num_warps=4, num_stages=1),
+        tiles(PROGRAMS * device.multiprocessors, programs),
     )  # fmt: skip
     return plan
 

@@ -126,7 +126,7 @@ def test_heads_merge_without_a_copy(lane):
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 def test_packed_sequences(lane, alignment):
-    lengths, key_lengths = [5, 0, 40, 17], [9, 3, 40, 6]
+    lengths, key_lengths = [5, 0, 20], [9, 3, 20]
     cu, cu_key = (
         torch.tensor([0, *torch.tensor(n).cumsum(0)], dtype=torch.int32) for n in (lengths, key_lengths)
     )
@@ -142,7 +142,7 @@ def test_packed_sequences(lane, alignment):
         )  # fmt: skip
         out.backward(lane.put(dout))
     ours = [out, *(t.grad for t in leaves)]
-    for i in range(4):
+    for i in range(3):
         rows, keys = (slice(int(ends[i]), int(ends[i + 1])) for ends in (cu, cu_key))
         expected = []
         for dtype in (torch.float64, torch.float32):
@@ -216,6 +216,8 @@ def test_ops_are_registered_as_pytorch_asks():
     rest = (mask, torch.rand(1, 4), SEED, None, None, *scalars)
     torch.library.opcheck(ops.attention.default, (*leaves, *rest))
     torch.library.opcheck(ops.attention_inference.default, (q, k, v, bias, *rest))
+    of_decode = (q, k, v, bias, *rest[:2], *scalars[:5], "auto")
+    torch.library.opcheck(ops.attention_decode.default, of_decode)
     out, lse = ops.attention(q, k, v, bias, *rest)
     of_backward = (out, lse, q, k, v, out, lse, bias, *rest[:-1], True, rest[-1])
     torch.library.opcheck(ops.attention_backward.default, of_backward)
@@ -334,10 +336,17 @@ def test_who_runs_on_cuda():
         q = torch.empty(2, 12, 197, 64, dtype=dtype, device="meta")
         if "attn_mask" in options:
             options["attn_mask"] = torch.empty(197, 197, dtype=torch.bool, device="meta")
+        few = "keys" in options
+        if few:
+            q = torch.empty(2, 32, 1, 128, dtype=dtype, device="meta")
+        k = torch.empty(2, 8, options["keys"], 128, device="meta") if few else q
         with dispatch.assume_device_type("cuda"):
-            kept = _chooses_library(q, q, q, options.get("attn_mask"), "window" in options, "auto")
+            kept = _chooses_library(q, k, k, options.get("attn_mask"), "window" in options, "auto", few)
         return "library" if kept else "triton"
 
     assert runs() == "library"
     assert runs(window=3) == runs(attn_mask=True) == "triton"
-    assert runs(torch.float64, attn_mask=True) == "library"
+    assert (
+        runs(torch.float64, attn_mask=True) == runs(keys=100) == runs(torch.float32, keys=4096) == "library"
+    )
+    assert runs(keys=4096) == "triton"
