@@ -19,6 +19,8 @@ from torch import Tensor
 from fastnets import fused
 from fastnets.fused import pool as pools
 from fastnets.fused.cross_entropy import cross_entropy
+from fastnets.fused.layer_norm import layer_norm
+from fastnets.fused.squeeze_excite import squeeze_excite
 
 __all__ = ["OPERATIONS", "Call", "Inputs", "Operation"]
 
@@ -217,3 +219,132 @@ def _cross_entropy(classes, label_smoothing=0.0):
 
 _add("cross-entropy 1000", "loss", _cross_entropy(1000))
 _add("cross-entropy 50257, smoothed", "loss", _cross_entropy(50257, 0.1))
+
+
+# --- attention, and what stands around it in Transformers ---------------------------------------------------
+
+
+def _attention(heads, length, head_dim, *, key_heads=None, queries=None, samples=None, bias=False, **options):
+    """samples: by default the batch size. q, k and v lie in one packed projection unless grouped."""
+
+    def make(inputs: Inputs, N: int) -> Call:
+        B, kv_heads = samples or N, key_heads or heads
+        if key_heads is None and queries is None:
+            packed = inputs.normal(B, length, 3 * heads * head_dim)
+            q, k, v = packed.unflatten(2, (3, heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q = inputs.normal(B, queries or length, heads * head_dim).unflatten(2, (heads, head_dim))
+            k, v = (
+                inputs.normal(B * kv_heads, length, head_dim).unflatten(0, (B, kv_heads)) for _ in range(2)
+            )
+            q = q.transpose(1, 2)
+        terms = inputs.normal(heads, length, length) if bias else None
+        more = {**options, "enable_gqa": True} if key_heads else options
+        return Call(
+            lambda q, k, v, bias, **rest: fused.attention(q, k, v, bias=bias, **rest),
+            (q, k, v, terms), more, learns=(0, 1, 2, 3),
+        )  # fmt: skip
+
+    return make
+
+
+_add("attention 12×197×64, ViT-B", "attention", _attention(12, 197, 64))
+_add("attention 12×577×64, ViT-B @384", "attention", _attention(12, 577, 64))
+_add("attention 16×4096×64, causal", "attention", _attention(16, 4096, 64, samples=2, is_causal=True))
+_add(
+    "attention 32×4096×128 of 8 key heads, causal", "attention",
+    _attention(32, 4096, 128, key_heads=8, samples=1, is_causal=True),
+)  # fmt: skip
+_add("attention 64 windows, 4×49×32, bias", "attention", _attention(4, 49, 32, samples=64, bias=True))
+_add(
+    "attention of 1 query, 32×4096×128 of 8 key heads", "attention",
+    _attention(32, 4096, 128, key_heads=8, queries=1), trains=False,
+)  # fmt: skip
+
+
+def _linear(rows, K, N_out, *, activation="none", residual=False):
+    """rows: for each sample."""
+
+    def make(inputs: Inputs, N: int) -> Call:
+        shape = (N, rows) if rows > 1 else (N,)
+        tensors = (
+            inputs.normal(*shape, K),
+            inputs.weight(N_out, K),
+            inputs.normal(N_out, scale=0.1),
+            inputs.normal(*shape, N_out) if residual else None,
+        )
+        return Call(
+            lambda x, w, b, residual, **rest: fused.linear_act(x, w, b, residual=residual, **rest),
+            tensors, {"activation": activation}, learns=(0, 1, 2, 3),
+        )  # fmt: skip
+
+    return make
+
+
+_add("linear 768→2304, ViT-B q, k, v", "linear", _linear(197, 768, 2304))
+_add("linear 768→768 + residual", "linear", _linear(197, 768, 768, residual=True))
+_add("linear 768→3072, GELU", "linear", _linear(197, 768, 3072, activation="gelu"))
+_add("linear 3072→768 + residual", "linear", _linear(197, 3072, 768, residual=True))
+_add("linear 2048→1000, classifier", "linear", _linear(1, 2048, 1000))
+
+
+def _row_norm(function, columns, *, residual=False, centred=True):
+    """Gradients are of the activations alone: PyTorch's of bf16 weights are coarse on the CPU."""
+
+    def make(inputs: Inputs, N: int) -> Call:
+        x = inputs.normal(N, 197, columns)
+        affine = [1 + inputs.normal(columns, scale=0.1)]
+        if centred:
+            affine.append(inputs.normal(columns, scale=0.1))
+        activations = (x, inputs.normal(*x.shape)) if residual else (x,)
+        learns = tuple(range(len(activations)))
+        return Call(function, (*activations, (columns,), *affine), {"eps": 1e-5}, learns)
+
+    return make
+
+
+_add("layer norm 768", "layer norm", _row_norm(layer_norm, 768))
+_add("add + layer norm 768", "layer norm", _row_norm(fused.add_layer_norm, 768, residual=True))
+_add("RMS norm 4096", "layer norm", _row_norm(fused.rms_norm, 4096, centred=False))
+
+
+def _gated(hidden):
+    def make(inputs: Inputs, N: int) -> Call:
+        return Call(fused.gated_act, (inputs.normal(N, 128, 2 * hidden), None), {"activation": "silu"})
+
+    return make
+
+
+_add("SwiGLU 3584", "gated", _gated(3584))
+
+
+def _rope(heads, key_heads, length, head_dim):
+    def make(inputs: Inputs, N: int) -> Call:
+        q, k = (
+            inputs.normal(N, length, h * head_dim).unflatten(2, (h, head_dim)).transpose(1, 2)
+            for h in (heads, key_heads)
+        )
+        steps = torch.exp(torch.arange(head_dim // 2) * (-9.2 / (head_dim // 2)))
+        angles = (torch.arange(length)[:, None] * steps).repeat(1, 2).to(inputs.device)
+        return Call(fused.apply_rope, (q, k, angles.cos(), angles.sin()))
+
+    return make
+
+
+_add("RoPE 32 and 8 heads, 128×128", "rope", _rope(32, 8, 128, 128))
+
+
+# --- what is between convolutions ---------------------------------------------------------------------------
+
+
+def _squeeze_excite(C, squeezed, size):
+    def make(inputs: Inputs, N: int) -> Call:
+        first, second = inputs.weight(squeezed, C, 1, 1), inputs.weight(C, squeezed, 1, 1)
+        biases = inputs.normal(squeezed, scale=0.1), inputs.normal(C, scale=0.1)
+        tensors = (inputs.normal(N, C, size, size), first, biases[0], second, biases[1])
+        return Call(squeeze_excite, tensors, {"activation": "silu"}, learns=(0, 1, 2, 3, 4))
+
+    return make
+
+
+_add("squeeze-excite 672/28 @14", "squeeze-excite", _squeeze_excite(672, 28, 14))
