@@ -232,7 +232,9 @@ def _launch_of(problem: Problem, config: Config | None):
     """(grid, config, constexprs) of the forward kernel, kept with the problem."""
     known = problem.launches.get(("forward", config))
     if known is None:
-        chosen = config or forward_config(problem.dtype, problem.block_d, problem.M, problem.device)
+        chosen = config or forward_config(
+            problem.dtype, problem.block_d, problem.M, problem.device, problem.flags["PLAIN"]
+        )
         if problem.sequences:
             count = problem.M // chosen.BLOCK_M + problem.sequences
         else:

@@ -432,7 +432,7 @@ def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | 
     steps, vec = delta_steps(o, do)
     B, H, HK, M, N = problem.B, problem.H, problem.HK, problem.M, problem.N
     if config is None:
-        config = backward_config(problem.dtype, problem.block_d, problem.device)
+        config = backward_config(problem.dtype, problem.block_d, problem.device, problem.flags["PLAIN"])
     if problem.sequences:
         count_m, count_n = (
             rows // block + problem.sequences for rows, block in ((M, config.BLOCK_M), (N, config.BLOCK_N))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fastnets.kernels.device import Device
@@ -66,11 +68,10 @@ _BACKWARD = {
     128: _backward(64, 32, 64, 32, 8, 2),
     256: _backward(32, 32, 32, 32, 8, 1),
 }
-# Head dim 64: measured likewise. 128: what does not spill; 128/64 tiles with 8 warps do, and are quicker.
+# Measured likewise. At head dim 128 tiles of 128/64 with 8 warps were tried: they spill.
 _BACKWARD_SM90 = {
     **_BACKWARD,
     64: _backward(64, 32, 64, 32, 4, 3),
-    128: _backward(32, 32, 32, 32, 4, 2),
 }
 _BACKWARD_FP32 = {
     16: _backward(32, 32, 32, 32, 4, 2),
@@ -78,6 +79,21 @@ _BACKWARD_FP32 = {
     64: _backward(32, 32, 32, 32, 4, 1),
     128: _backward(16, 16, 16, 16, 8, 1),
 }
+
+
+# Calls with a mask, bias, ALiBi or soft-capping hold more of each score: tiles that then do not spill.
+_FORWARD_WITH_TERMS = {
+    16: _forward(64, 64, 4, 3),
+    32: _forward(64, 64, 4, 3),
+    64: _forward(64, 64, 4, 3),
+    128: _forward(64, 32, 4, 2),
+}
+_FORWARD_WITH_TERMS_FP32 = {
+    64: _forward(32, 32, 4, 2),
+    128: _forward(16, 16, 8, 1),
+}
+_BACKWARD_WITH_TERMS = {64: _backward(64, 32, 64, 32, 4, 3)}
+_BACKWARD_WITH_TERMS_FP32 = {64: _backward(16, 32, 32, 16, 4, 1)}
 
 
 def _forward_table(dtype: torch.dtype, device: Device) -> dict:
@@ -94,41 +110,53 @@ def _backward_table(dtype: torch.dtype, device: Device) -> dict:
 
 def forward_configs_for(dtype: torch.dtype, head_dim: int, device: Device) -> list[Config]:
     """Those that ``forward_config`` may pick for a dtype and a padded head dim."""
-    return [config for _, config in _forward_table(dtype, device)[head_dim]]
+    configs = [config for _, config in _forward_table(dtype, device)[head_dim]]
+    configs += [forward_config(dtype, head_dim, M, device, plain=False) for M in (64, 1024)]
+    return list(dict.fromkeys(configs))
 
 
 def backward_configs_for(dtype: torch.dtype, head_dim: int, device: Device) -> list[Config]:
     """Those that ``backward_config`` may pick for a dtype and a padded head dim."""
-    table = _backward_table(dtype, device)
-    return [table[head_dim]] if head_dim in table else []
+    if head_dim not in _backward_table(dtype, device):
+        return []
+    return list(dict.fromkeys(backward_config(dtype, head_dim, device, plain) for plain in (True, False)))
 
 
 def forward_configs(device: Device) -> list[Config]:
     """Every config that ``forward_config`` may pick; none without matrix units."""
     if device.capability < MATRIX_UNITS:
         return []
-    tables = (_forward_table(dtype, device) for dtype in (torch.float16, torch.float32))
-    return list(dict.fromkeys(config for table in tables for row in table.values() for _, config in row))
+    return _all_of(forward_configs_for, device)
 
 
 def backward_configs(device: Device) -> list[Config]:
     """Every config that ``backward_config`` may pick; none without matrix units."""
     if device.capability < MATRIX_UNITS:
         return []
-    tables = (_backward_table(dtype, device) for dtype in (torch.float16, torch.float32))
-    return list(dict.fromkeys(config for table in tables for config in table.values()))
+    return _all_of(backward_configs_for, device)
 
 
-def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device) -> Config:
-    """head_dim: the greater of q's and v's, a power of two."""
+def _all_of(configs_for: Callable, device: Device) -> list[Config]:
+    kinds = ((dtype, head_dim) for dtype in (torch.float16, torch.float32) for head_dim in _FORWARD)
+    return list(dict.fromkeys(config for kind in kinds for config in configs_for(*kind, device)))
+
+
+def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device, plain: bool = True) -> Config:
+    """head_dim: the greater of q's and v's, a power of two; plain: nothing is added to the scores."""
+    with_terms = _FORWARD_WITH_TERMS_FP32 if dtype == torch.float32 else _FORWARD_WITH_TERMS
+    if not plain and head_dim in with_terms:
+        return with_terms[head_dim]
     row = _forward_table(dtype, device)[head_dim]
     return next(config for most, config in row if most is None or M <= most)
 
 
-def backward_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:
-    """head_dim: the greater of q's and v's, a power of two; in fp32 at most 128, wider ones do not fit."""
+def backward_config(dtype: torch.dtype, head_dim: int, device: Device, plain: bool = True) -> Config:
+    """As ``forward_config``; head_dim is at most 128 in fp32, wider ones do not fit."""
     if dtype == torch.float32 and head_dim > 128:
         raise ValueError("attention: the backward kernel takes head dims up to 128 in float32")
+    with_terms = _BACKWARD_WITH_TERMS_FP32 if dtype == torch.float32 else _BACKWARD_WITH_TERMS
+    if not plain and head_dim in with_terms:
+        return with_terms[head_dim]
     return _backward_table(dtype, device)[head_dim]
 
 

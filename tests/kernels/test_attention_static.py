@@ -1,0 +1,103 @@
+"""What the compiler made of attention's kernels: no spills, and not many instructions."""
+
+import functools
+
+import pytest
+import torch
+import triton
+
+from fastnets.bench import static
+from fastnets.kernels import attention, attention_backward
+from fastnets.kernels.attention_calls import AttentionCall
+from fastnets.kernels.attention_configs import _backward, _forward
+
+CALLS = {
+    "plain": {"B": 2},
+    "causal": {"B": 2, "right": 0},
+    "masked": {"B": 2, "mask": torch.bool},
+}
+
+
+def compiled(module, capability, config=None, **call):
+    """Facts about the kernel itself; of the backward the delta pass comes first."""
+    thunk = functools.partial(module._run, AttentionCall(keep_lse=True, **call))
+    return static.inspect_call(thunk, config, capability=capability)[-1]
+
+
+def check(capability, kind, D, dtype, N):
+    for module in (attention, attention_backward):
+        facts = compiled(module, capability, dtype=dtype, D=D, N=N, **CALLS[kind])
+        where = f"{facts.name}, {facts.config}"
+        assert facts.error is None, where
+        assert facts.fits, where
+        assert facts.code.spills == 0, f"{where}: {facts.code.spills} spills"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_masked_vision_transformer_does_not_spill(capability):
+    check(capability, "masked", 64, torch.bfloat16, 197)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("N", [32, 197, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_nothing_spills(capability, kind, D, dtype, N):
+    check(capability, kind, D, dtype, N)
+
+
+# Instructions of one unmasked step in fp16, of Triton's own tutorial kernel 06-fused-attention (at 003da47,
+# compiled by Triton 3.8 at the same tile): see docs/attention.md.
+TUTORIAL_FORWARD = {
+    (80, 64, (128, 64, 4, 3)): 649,
+    (80, 64, (64, 64, 4, 3)): 368,
+    (80, 128, (64, 64, 4, 3)): 679,
+    (80, 128, (128, 64, 8, 2)): 488,
+    (90, 64, (128, 64, 4, 3)): 514,
+    (90, 64, (64, 64, 4, 3)): 298,
+    (90, 128, (64, 64, 4, 3)): 353,
+    (90, 128, (128, 64, 8, 2)): 354,
+}
+# Of a step of keys and one of queries.
+TUTORIAL_BACKWARD = {
+    (80, 64, (64, 32, 4, 3)): (261, 199),
+    (80, 128, (64, 32, 8, 2)): (352, 296),
+    (90, 64, (64, 32, 4, 3)): (198, 157),
+    (90, 128, (64, 32, 8, 2)): (282, 260),
+}
+COUNTED = pytest.mark.skipif(
+    not triton.__version__.startswith("3.8."), reason="other compilers make other instructions"
+)
+
+
+def steps(facts):
+    """Instructions of the unmasked loops, by how many matrix instructions they have, most first."""
+    counts: dict[int, list[int]] = {}
+    for loop in facts.code.loops:
+        if loop.matrix:
+            counts.setdefault(loop.matrix, []).append(loop.instructions)
+    return [min(counts[matrix]) for matrix in sorted(counts, reverse=True)]
+
+
+@COUNTED
+@pytest.mark.parametrize("case", TUTORIAL_FORWARD)
+def test_a_step_forward_is_about_the_tutorial_s(case, monkeypatch):
+    capability, D, tile = case
+    monkeypatch.setattr(attention, "check_config", lambda *arguments: None)
+    call = {"dtype": torch.float16, "D": D, "N": 4096, "B": 2, "H": 16}
+    (ours,) = steps(compiled(attention, capability, _forward(*tile), **call))
+    assert ours <= 1.035 * TUTORIAL_FORWARD[case], f"{ours} instructions"
+
+
+@COUNTED
+@pytest.mark.parametrize("case", TUTORIAL_BACKWARD)
+def test_a_step_backward_is_about_the_tutorial_s(case, monkeypatch):
+    capability, D, (n, step, warps, stages) = case
+    monkeypatch.setattr(attention_backward, "check_config", lambda *arguments: None)
+    call = {"dtype": torch.float16, "D": D, "N": 4096, "B": 2, "H": 16, "right": 0}
+    config = _backward(n, step, n, step, warps, stages)
+    ours = steps(compiled(attention_backward, capability, config, **call))
+    for one, theirs in zip(ours, TUTORIAL_BACKWARD[case], strict=True):
+        assert one <= 1.16 * theirs, f"{one} instructions"
