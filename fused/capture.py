@@ -60,7 +60,11 @@ class Captured:
 
 def is_dropout(module: nn.Module) -> bool:
     """Whether ``module`` is a stock layer that returns its input in evaluation mode."""
-    cls = type(module)
+    return is_dropout_class(type(module))
+
+
+def is_dropout_class(cls: type[nn.Module]) -> bool:
+    """``is_dropout`` of the modules of a class."""
     return cls in _DROPOUTS or (cls.__module__.split(".")[0], cls.__name__) in _FOREIGN_DROPOUTS
 
 

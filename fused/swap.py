@@ -34,6 +34,7 @@ from fastnets.fused.capture import (
     capture,
     has_hooks,
     is_dropout,
+    is_dropout_class,
     never_drops,
     required_arguments,
 )
@@ -661,7 +662,9 @@ def _generate(
     if THEN_ADD in scope:
         attributes[THEN_ADD] = scope[THEN_ADD]
     if recipe.splits_batches:
-        forward = in_chunks(forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls))
+        forward = in_chunks(
+            forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls) or is_dropout_class(cls)
+        )
     if recipe.replays:
         forward = replayed(forward)
     attributes |= {

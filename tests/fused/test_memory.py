@@ -12,6 +12,7 @@ from torch import nn
 import fastnets
 from fastnets.fused import memory
 from fastnets.models import create_model
+from fastnets.models.dynamic_depth import StochasticDepth
 from tests.accuracy import assert_close_to
 
 
@@ -62,6 +63,29 @@ def test_large_batches_are_split_and_answers_stay(small_budget, name):
         assert set(sizes) == {1}
         reference64 = stock.double()(x.double())
         assert_close_to(reference64, stock.float()(x), y)
+
+
+def test_dropout_that_is_not_pytorchs_own_does_not_keep_a_batch_whole(small_budget):
+    torch.manual_seed(0)
+    stock = WithStochasticDepth().eval()
+    x = torch.randn(3, 3, 64, 64)
+    fast = fastnets.optimize(stock)
+    with torch.no_grad():
+        fast(x)
+        sizes, y = batches_seen(fast, x)
+        assert set(sizes) == {1}
+        assert_close_to(stock.double()(x.double()), stock.float()(x), y)
+
+
+class WithStochasticDepth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.drop = StochasticDepth(0.2)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        return x + self.drop(self.inner(x))
 
 
 def test_a_batch_that_fits_stays_whole():
