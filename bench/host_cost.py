@@ -32,7 +32,6 @@ from fastnets.fused.batch_norm import bn_add_act_inference
 from fastnets.fused.conv import call_conv_bn_act
 from fastnets.fused.measure import Comparison, measure
 from fastnets.fused.optimize import optimize
-from fastnets.kernels.launch import observe_launches
 
 CHANNELS, PIXELS = 8, 4
 
@@ -95,6 +94,8 @@ def measure_cuda_path(rounds: int = 30) -> Comparison:
 
 def measure_network(name: str, rounds: int = 20) -> tuple[list[float], int]:
     """Seconds of host time of forwards of an optimized network all on our kernels, and their launches."""
+    from fastnets.kernels.launch import observe_launches
+
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     network = load(name)
     stock = network.model.to(device, dtype, memory_format=torch.channels_last).eval()

@@ -65,7 +65,7 @@ def test_only_what_is_between_the_markers_changes(tmp_path, monkeypatch):
 
 def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "other.json").write_text('{"schema": "else"}')
-    with pytest.raises(ValueError, match=r"other\.json: not a fastnets-bench file"):
+    with pytest.raises(ValueError, match=r"other\.json: is not a fastnets-bench file"):
         readme_table.read_results(tmp_path / "other.json")
     with pytest.raises(ValueError, match="no marker lines"):
         readme_table.insert("nothing here", "figures")
