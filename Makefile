@@ -19,11 +19,11 @@ OLDEST_STAMP = $(OLDEST_VENV)/.installed
 # One thread in each test process: the processes already fill the cores.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-.PHONY: help install demo test test-slow test-oldest-triton aot aot-sample lint format bench figures readme-table \
+.PHONY: help install demo test test-slow test-oldest-triton aot aot-sample lint format bench figures figures-in-pages \
 	docs dist clean
 
 help:
-	@echo "make demo | test | test-slow | test-oldest-triton | aot | aot-sample | lint | format | bench | figures | readme-table | docs | dist | clean"
+	@echo "make demo | test | test-slow | test-oldest-triton | aot | aot-sample | lint | format | bench | figures | figures-in-pages | docs | dist | clean"
 
 install: $(STAMP)
 
@@ -72,25 +72,27 @@ format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-RESULTS = docs/cpu-stock-resnet50.json docs/cpu-stock-mobilenet_v2.json docs/cpu-keep-pages.json
+PAGES = README.md docs/allocator.md
 
 # Layers by pytest-benchmark: ARGS="--benchmark-autosave", and later ARGS="--benchmark-compare".
 bench: $(STAMP)
 	$(RUN) -m pytest bench/benchmark_operations.py $(ARGS)
 
-# The figures of the README: measured afresh (about five quiet minutes), then put in its table. Under the stock
-# allocator each network has a process of its own: what one leaves in the heap is a gift to the next.
-figures: $(STAMP)
-	for model in resnet50 mobilenet_v2; do \
-		$(RUN) -m fastnets bench $$model -b 8 --device cpu \
-			-o docs/cpu-stock-$$model.json -o docs/cpu-stock-$$model.png $(ARGS) || exit 1; \
-	done
-	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 --device cpu --allocator keep-pages \
-		-o docs/cpu-keep-pages.json -o docs/cpu-keep-pages.png $(ARGS)
-	$(MAKE) readme-table
+# The figures of the pages, measured afresh (about half an hour on a quiet machine), then put into their tables.
+ZOO = lenet5 alexnet vgg11_bn googlenet resnet18 resnet50 densenet121 mobilenet_v2 mobilenet_v3_large efficientnet_b0 \
+	convnext_tiny vit_s_16
+ZOO_VARIANTS = eager,channels-last,compile,onnxruntime,openvino,fastnets,fastnets-measured
 
-readme-table: $(STAMP)
-	$(RUN) -m fastnets.bench.readme_table README.md $(RESULTS)
+figures: $(STAMP)
+	$(RUN) -m pip install -qq --disable-pip-version-check onnxruntime onnxscript openvino
+	$(RUN) -m fastnets bench $(ZOO) -b 1,8 --device cpu --variants $(ZOO_VARIANTS) -o docs/cpu-zoo.json $(ARGS)
+	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 --device cpu -o docs/cpu-stock.json $(ARGS)
+	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 --device cpu --allocator keep-pages \
+		-o docs/cpu-keep-pages.json $(ARGS)
+	$(MAKE) figures-in-pages
+
+figures-in-pages: $(STAMP)
+	$(RUN) -m fastnets.bench.figures $(PAGES)
 
 # The site, in out/site. Building it fetches nothing.
 docs: $(STAMP)
