@@ -26,16 +26,36 @@ _NETWORKS = {
     ),
     "training": ("lenet5", "resnet18", "mobilenet_v2", "resnet50"),
 }
-# C, K, pixels, filter, stride, groups
-_CONVOLUTIONS = {
-    "stem 7×7": (3, 64, 224, 7, 2, 1),
-    "conv 3×3, 64 channels": (64, 64, 56, 3, 1, 1),
-    "conv 3×3, 256 channels": (256, 256, 14, 3, 1, 1),
-    "conv 1×1, 64 to 256 channels": (64, 256, 56, 1, 1, 1),
-    "conv 1×1, 1024 to 256 channels": (1024, 256, 14, 1, 1, 1),
-    "depthwise 3×3, 144 channels": (144, 144, 56, 3, 1, 144),
-    "depthwise 3×3, 576 channels, stride 2": (576, 576, 14, 3, 2, 576),
-    "grouped 3×3, 32 groups of 8": (256, 256, 28, 3, 1, 32),
+
+
+def _convolution(C: int, K: int, size: int, stride: int = 1, groups: int = 1) -> nn.Module:
+    conv = nn.Conv2d(C, K, size, stride, size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(K), nn.ReLU())
+
+
+def _perceptron(C: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+
+
+def _attention(C: int, heads: int) -> nn.Module:
+    return nn.TransformerEncoderLayer(C, heads, 4 * C, 0.0, "gelu", batch_first=True, norm_first=True)
+
+
+# How each is built, and its input for one sample.
+_LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "stem 7×7": (lambda: _convolution(3, 64, 7, stride=2), (3, 224, 224)),
+    "conv 3×3, 64 channels": (lambda: _convolution(64, 64, 3), (64, 56, 56)),
+    "conv 3×3, 256 channels": (lambda: _convolution(256, 256, 3), (256, 14, 14)),
+    "conv 1×1, 64 to 256 channels": (lambda: _convolution(64, 256, 1), (64, 56, 56)),
+    "conv 1×1, 1024 to 256 channels": (lambda: _convolution(1024, 256, 1), (1024, 14, 14)),
+    "depthwise 3×3, 144 channels": (lambda: _convolution(144, 144, 3, groups=144), (144, 56, 56)),
+    "depthwise 3×3, 576 channels, stride 2": (lambda: _convolution(576, 576, 3, 2, 576), (576, 14, 14)),
+    "grouped 3×3, 32 groups of 8": (lambda: _convolution(256, 256, 3, groups=32), (256, 28, 28)),
+    "response norm, 96 channels": (lambda: nn.Sequential(nn.ReLU(), nn.LocalResponseNorm(5)), (96, 55, 55)),
+    "max-pool 3×3, stride 2, 64 channels": (lambda: nn.Sequential(nn.MaxPool2d(3, 2, 1)), (64, 112, 112)),
+    "layer norm, 768 channels": (lambda: nn.Sequential(nn.LayerNorm(768)), (197, 768)),
+    "linear + GELU + linear, 384 channels": (lambda: _perceptron(384), (197, 384)),
+    "Transformer layer, 384 channels, 6 heads": (lambda: _attention(384, 6), (197, 384)),
 }
 SUITES = (*_NETWORKS, "layers")
 
@@ -48,21 +68,20 @@ def trains(suite: str) -> bool:
 def builders(suite: str, load: Callable[[str], Network], seed: int = 0) -> list[Callable[[], Network]]:
     """A builder for each network of a suite; ``load`` builds those that have a name."""
     if suite == "layers":
-        return [functools.partial(_layer, name, seed) for name in _CONVOLUTIONS]
+        return [functools.partial(_layer, name, seed) for name in _LAYERS]
     known = set(list_models())
     return [functools.partial(load, name) for name in _NETWORKS[suite] if name in known]
 
 
 def names(suite: str) -> Sequence[str]:
     """What the networks of a suite are called."""
-    return tuple(_CONVOLUTIONS) if suite == "layers" else _NETWORKS[suite]
+    return tuple(_LAYERS) if suite == "layers" else _NETWORKS[suite]
 
 
 def _layer(name: str, seed: int) -> Network:
-    """A convolution with batch norm and ReLU."""
-    C, K, pixels, size, stride, groups = _CONVOLUTIONS[name]
+    """A layer with what is fused into it, dressed as a network."""
+    build, shape = _LAYERS[name]
     torch.manual_seed(seed)
-    conv = nn.Conv2d(C, K, size, stride, size // 2, groups=groups, bias=False)
-    model = nn.Sequential(conv, nn.BatchNorm2d(K), nn.ReLU()).eval()
-    networks.settle_batch_norms(model, (C, pixels, pixels), seed=seed)
-    return Network(name, model, (C, pixels, pixels), f"random (seed {seed})")
+    model = build().eval()
+    networks.settle_batch_norms(model, shape, seed=seed)
+    return Network(name, model, shape, f"random (seed {seed})")

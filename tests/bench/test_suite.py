@@ -104,6 +104,37 @@ def test_networks_that_take_two_texts(training):
     assert result.input_shape == (2, 6)
 
 
+def test_the_error_of_stock_channels_last_is_allowed_for(monkeypatch):
+    """oneDNN is several times less exact in channels-last on this layer; three times that is still wrong."""
+    layers = [build() for build in suites.builders("layers", None)]
+    layer = next(layer for layer in layers if layer.name == "conv 3×3, 256 channels")
+    exact = copy.deepcopy(layer.model).double()
+    noise = torch.randn(1, 256, 14, 14, generator=torch.Generator().manual_seed(1)).double()
+
+    def off_by(relative):
+        def prepare(model, x):
+            y = exact(x.double())
+            return lambda images: (y + relative * y.norm() / noise.norm() * noise).float(), x
+
+        return prepare
+
+    x = layer.inputs(1, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        y = exact(x.double())
+        errors = []
+        for model in (layer.model, copy.deepcopy(layer.model).to(memory_format=torch.channels_last)):
+            errors.append(((model(x).double() - y).norm() / y.norm()).item())
+    if errors[1] < 3 * errors[0]:
+        pytest.skip("this oneDNN is about as exact in both layouts")
+    for name, relative in (("within", 1.5 * errors[1]), ("beyond", 3 * errors[1])):
+        variant = Variant(name, name, off_by(relative), ours=True)
+        monkeypatch.setitem(baselines.VARIANTS, name, variant)
+    rows = status(suite.run_network(layer, settings("eager", "within", "beyond", batch_size=1)))
+    assert rows["within"][0] == "measured"
+    assert rows["within"][1].endswith("beside stock channels-last")
+    assert rows["beyond"][0] == "wrong"
+
+
 def test_wrong_answers_are_never_timed(network, add):
     timed = []
 
@@ -188,8 +219,9 @@ def test_suites_name_networks_that_there_are(name):
     built = suites.builders(name, lambda spec: loaded.append(spec))
     assert len(built) >= 4
     if name == "layers":
-        layer = built[4]()
-        assert layer.model(torch.randn(1, *layer.input_shape)).shape[1] == 256
+        for build in built:
+            layer = build()
+            assert layer.model(torch.randn(1, *layer.input_shape)).isfinite().all()
     else:
         for build in built:
             build()
