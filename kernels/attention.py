@@ -244,7 +244,7 @@ def _launch_of(problem: Problem, config: Config | None):
 
 
 def _run(call: AttentionCall, config: Config | None = None):
-    check_config(config, forward_configs_for(call.dtype, call.block_d, current_device()))
+    check_config(config, forward_configs_for(call.dtype, call.block_d, current_device(), call.plain))
     q, k, v, options, extra = call.tensors()
     return attention_forward(q, k, v, options, **extra, keep_lse=call.keep_lse, config=config)
 

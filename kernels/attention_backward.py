@@ -448,7 +448,7 @@ def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | 
 
 
 def _run(call: AttentionCall, config: Config | None = None):
-    check_config(config, backward_configs_for(call.dtype, call.block_d, current_device()))
+    check_config(config, backward_configs_for(call.dtype, call.block_d, current_device(), call.plain))
     q, k, v, options, extra = call.tensors()
     o, lse = call.result()
     return attention_backward(o, None, q, k, v, o, lse, options, **extra, config=config)

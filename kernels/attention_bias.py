@@ -26,6 +26,33 @@ from fastnets.kernels.partial_sums import sum_rows
 __all__ = ["attention_bias_gradient", "configs", "representative_calls"]
 
 
+@triton.jit
+def _products(
+    a, row, a_row, a_d, b, column, b_row, b_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a[row] · b[column], fp32 [BLOCK_M, BLOCK_N], of at most STEP_D columns of D at a time."""
+    if BLOCK_D <= STEP_D:
+        left = load_rows(a, row, a_row, a_d, D, BLOCK_D, VEC)
+        right = load_rows(b, column, b_row, b_d, D, BLOCK_D, VEC)
+        return tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    else:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        d = tl.arange(0, STEP_D)
+        for start in tl.range(0, D, STEP_D):
+            inside = start + d < D
+            of = tl.max_contiguous(tl.multiple_of(tl.where(inside, start + d, 0), VEC), VEC)
+            left = tl.load(
+                a + ((row * (a_row * VEC))[:, None] + (of * a_d)[None, :]), mask=inside[None, :], other=0.0
+            )
+            right = tl.load(
+                b + ((column * (b_row * VEC))[:, None] + (of * b_d)[None, :]), mask=inside[None, :], other=0.0
+            )
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+        return total
+
+
 @triton.jit(do_not_specialize=["heads", "M", "N", "sequences", "left", "right", "bias_period", "mask_period",
                                "batch_count", "terms", "terms_each"])  # fmt: skip
 def attention_bias_gradient_kernel(
@@ -38,7 +65,7 @@ def attention_bias_gradient_kernel(
     BLOCK_D: tl.constexpr, BLOCK_D_V: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OVER_H: tl.constexpr, OVER_M: tl.constexpr,
-    OVER_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVER_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP_D: tl.constexpr,
 ):  # fmt: skip
     """dbias [splits, period, H, M, N], 1 for what is summed over. Grid: (tiles · heads · period · splits)."""
     tiles_m = (M + BLOCK_M - 1) // BLOCK_M
@@ -79,18 +106,6 @@ def attention_bias_gradient_kernel(
         kv_head = wide // GROUP
         row = tl.minimum(i, M - 1 - start_m)
         column = tl.minimum(j, N - 1 - start_n)
-        query = load_rows(
-            q + (in_batch * q_b + wide * q_h + at_m * q_m) * VEC, row, q_m, q_d, D, BLOCK_D, VEC
-        )
-        dout = load_rows(
-            do + (in_batch * do_b + wide * do_h + at_m * do_m) * VEC, row, do_m, do_d, D_V, BLOCK_D_V, VEC
-        )
-        key = load_rows(
-            k + (in_batch * k_b + kv_head * k_h + at_n * k_n) * VEC, column, k_n, k_d, D, BLOCK_D, VEC
-        )
-        value = load_rows(
-            v + (in_batch * v_b + kv_head * v_h + at_n * v_n) * VEC, column, v_n, v_d, D_V, BLOCK_D_V, VEC
-        )
         of_head = (in_batch * heads + wide) * M + at_m
         of_row = row_lse(lse + of_head, i, M - start_m, True, True)
         change = tl.load(delta + of_head + row)
@@ -105,13 +120,21 @@ def attention_bias_gradient_kernel(
         slope = None
         if slopes is not None:
             slope = tl.load(slopes + batch * slopes_b + head)
-        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        s = _products(
+            q + (in_batch * q_b + wide * q_h + at_m * q_m) * VEC, row, q_m, q_d,
+            k + (in_batch * k_b + kv_head * k_h + at_n * k_n) * VEC, column, k_n, k_d,
+            D, BLOCK_D, STEP_D, VEC, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
         weight, _ = weights(
             s, (start_m + i)[:, None], (start_n + j)[None, :], row[:, None], column[None, :], of_row[:, None],
             N, shift, left, right, scale, softcap, bias_tile, bias_m, bias_n, mask_tile, mask_m, mask_n,
             slope, True, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP,
         )  # fmt: skip
-        dweight = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
+        dweight = _products(
+            do + (in_batch * do_b + wide * do_h + at_m * do_m) * VEC, row, do_m, do_d,
+            v + (in_batch * v_b + kv_head * v_h + at_n * v_n) * VEC, column, v_n, v_d,
+            D_V, BLOCK_D_V, STEP_D, VEC, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
         if seed is not None:
             stream = batch * heads + head
             dweight *= keep_factor(seed, stream, start_m, start_n, p, BLOCK_M, BLOCK_N) * kept

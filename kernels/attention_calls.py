@@ -41,6 +41,11 @@ class AttentionCall:
     def block_d(self) -> int:
         return power_of_two(self.D)
 
+    @property
+    def plain(self) -> bool:
+        """Nothing is added to the scores."""
+        return not (self.softcap or self.bias or self.mask or self.alibi)
+
     def tensors(self) -> tuple:
         """(q, k, v, options, the other tensors by name)."""
 
@@ -95,6 +100,8 @@ def attention_calls() -> dict[str, AttentionCall]:
             half, B=1, N=8192, right=0, alibi=True, sequences=24, dropout_p=0.1, keep_lse=True
         ),
         "64 fp32, pair bias": AttentionCall(single, B=1, H=8, N=128, bias=(1, 8, 128, 128)),
+        "128 fp32, pair bias": AttentionCall(single, D=128, B=1, H=8, N=128, bias=(1, 8, 128, 128)),
+        "72 fp32, bias for all heads": AttentionCall(single, D=72, B=2, H=8, N=128, bias=(1, 1, 128, 128)),
         "64 bf16, bottom right": AttentionCall(bf16, M=40, right=0),
         "64 fp32, short": AttentionCall(single, N=49),
         "128 bf16, short": AttentionCall(bf16, D=128, N=49),

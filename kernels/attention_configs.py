@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -94,6 +95,8 @@ _FORWARD_WITH_TERMS_FP32 = {
 }
 _BACKWARD_WITH_TERMS = {64: _backward(64, 32, 64, 32, 4, 3)}
 _BACKWARD_WITH_TERMS_FP32 = {64: _backward(16, 32, 32, 16, 4, 1)}
+# The plain one, of 8 warps, spills with a mask there, this one elsewhere.
+_BACKWARD_WITH_TERMS_FP32_SM80 = {**_BACKWARD_WITH_TERMS_FP32, 128: _backward(16, 16, 16, 16, 4, 1)}
 
 
 def _forward_table(dtype: torch.dtype, device: Device) -> dict:
@@ -108,18 +111,23 @@ def _backward_table(dtype: torch.dtype, device: Device) -> dict:
     return _BACKWARD_SM90 if device.capability == 90 else _BACKWARD
 
 
-def forward_configs_for(dtype: torch.dtype, head_dim: int, device: Device) -> list[Config]:
-    """Those that ``forward_config`` may pick for a dtype and a padded head dim."""
-    configs = [config for _, config in _forward_table(dtype, device)[head_dim]]
-    configs += [forward_config(dtype, head_dim, M, device, plain=False) for M in (64, 1024)]
-    return list(dict.fromkeys(configs))
+def _backward_table_with_terms(dtype: torch.dtype, device: Device) -> dict:
+    if dtype != torch.float32:
+        return _BACKWARD_WITH_TERMS
+    return _BACKWARD_WITH_TERMS_FP32_SM80 if device.capability == 80 else _BACKWARD_WITH_TERMS_FP32
 
 
-def backward_configs_for(dtype: torch.dtype, head_dim: int, device: Device) -> list[Config]:
-    """Those that ``backward_config`` may pick for a dtype and a padded head dim."""
+def forward_configs_for(dtype: torch.dtype, head_dim: int, device: Device, plain: bool) -> list[Config]:
+    """Those that ``forward_config`` may pick for a dtype, a padded head dim and any number of queries."""
+    lengths = [most or 1 << 20 for most, _ in _forward_table(dtype, device)[head_dim]]
+    return list(dict.fromkeys(forward_config(dtype, head_dim, M, device, plain) for M in lengths))
+
+
+def backward_configs_for(dtype: torch.dtype, head_dim: int, device: Device, plain: bool) -> list[Config]:
+    """The one that ``backward_config`` picks for a dtype and a padded head dim; none where there is none."""
     if head_dim not in _backward_table(dtype, device):
         return []
-    return list(dict.fromkeys(backward_config(dtype, head_dim, device, plain) for plain in (True, False)))
+    return [backward_config(dtype, head_dim, device, plain)]
 
 
 def forward_configs(device: Device) -> list[Config]:
@@ -137,8 +145,14 @@ def backward_configs(device: Device) -> list[Config]:
 
 
 def _all_of(configs_for: Callable, device: Device) -> list[Config]:
-    kinds = ((dtype, head_dim) for dtype in (torch.float16, torch.float32) for head_dim in _FORWARD)
-    return list(dict.fromkeys(config for kind in kinds for config in configs_for(*kind, device)))
+    kinds = itertools.product((torch.float16, torch.float32), _FORWARD, (True, False))
+    return list(
+        dict.fromkeys(
+            config
+            for dtype, head_dim, plain in kinds
+            for config in configs_for(dtype, head_dim, device, plain)
+        )
+    )
 
 
 def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device, plain: bool = True) -> Config:
@@ -154,19 +168,24 @@ def backward_config(dtype: torch.dtype, head_dim: int, device: Device, plain: bo
     """As ``forward_config``; head_dim is at most 128 in fp32, wider ones do not fit."""
     if dtype == torch.float32 and head_dim > 128:
         raise ValueError("attention: the backward kernel takes head dims up to 128 in float32")
-    with_terms = _BACKWARD_WITH_TERMS_FP32 if dtype == torch.float32 else _BACKWARD_WITH_TERMS
-    if not plain and head_dim in with_terms:
-        return with_terms[head_dim]
+    if not plain:
+        with_terms = _backward_table_with_terms(dtype, device)
+        if head_dim in with_terms:
+            return with_terms[head_dim]
     return _backward_table(dtype, device)[head_dim]
 
 
 def bias_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:
     """Of the bias's gradient: square tiles of it, the largest that do not spill."""
     if dtype == torch.float32:
-        return Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+        return _bias(16, 64 if head_dim <= 64 else 16, 4)
     if head_dim <= 128:
-        return Config(BLOCK_M=32, BLOCK_N=32, num_warps=2 if head_dim <= 64 else 4, num_stages=1)
-    return Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+        return _bias(32, 128, 2 if head_dim <= 64 else 4)
+    return _bias(16, 256, 4)
+
+
+def _bias(side: int, step_d: int, warps: int) -> Config:
+    return Config(BLOCK_M=side, BLOCK_N=side, STEP_D=step_d, num_warps=warps, num_stages=1)
 
 
 def bias_configs(device: Device) -> list[Config]:
