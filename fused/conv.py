@@ -12,7 +12,6 @@ and rewritten networks make.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -111,15 +110,19 @@ def _triton(
     )
 
 
-def _convolution_then_epilogue(tensors: tuple[Tensor | None, ...], options: Options) -> Tensor:
+def _convolution_then_epilogue(
+    x, weight, bias, mean, var, bn_weight, bn_bias, residual,
+    stride, padding, dilation, groups, eps, activation, negative_slope,
+) -> Tensor:  # fmt: skip
     """The vendor's convolution, then scale, shift, residual and activation in one pass of ours."""
-    x, weight, bias, *bn, residual = tensors
     x, weight = x.contiguous(memory_format=torch.channels_last), weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if bn[0] is None and residual is None and options.activation == "none":
-        return F.conv2d(x, weight, bias, *options[:4])
-    y = F.conv2d(x, weight, None, *options[:4])
-    return bn_add_act_inference(y, bias, *bn, residual, *options[4:], "triton")
+    geometry = (stride, padding, dilation, groups)
+    if mean is None and residual is None and activation == "none":
+        return F.conv2d(x, weight, bias, *geometry)
+    y = F.conv2d(x, weight, None, *geometry)
+    vectors = (bias, mean, var, bn_weight, bn_bias)
+    return bn_add_act_inference(y, *vectors, residual, eps, activation, negative_slope, "triton")
 
 
 def _prepare(
@@ -219,7 +222,7 @@ def _body(
     if implementation in _CALLS:
         if len(_calls) >= dispatch.KINDS:
             _calls.clear()
-        call = _calls[kind] = _CALLS[implementation](options)
+        call = _calls[kind] = dispatch.replayed(_CALLS[implementation], options)
         return call(tensors)
     keep = packing.may_keep(weights)
     run = None
@@ -247,17 +250,8 @@ def _assumed_device(x: Tensor) -> str | None:
     return dispatch.device_type_of(x) if x.is_meta else None
 
 
-def _replayed(options: Options) -> Callable[[tuple], Tensor]:
-    from fastnets.kernels.replay import Replayed
-
-    return Replayed(_triton, options)
-
-
-# By implementation: what makes a call for all tensors of one kind.
-_CALLS = {
-    "triton": _replayed,
-    "cudnn+epilogue": lambda options: functools.partial(_convolution_then_epilogue, options=options),
-}
+# By implementation: what is repeated for all tensors of one kind.
+_CALLS = {"triton": _triton, "cudnn+epilogue": _convolution_then_epilogue}
 _calls: dict[tuple, Callable[[tuple], Tensor]] = {}
 
 

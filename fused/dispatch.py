@@ -302,9 +302,17 @@ def kind_of(tensors: Sequence[Tensor | None], options: tuple) -> tuple:
     return tuple(kind)
 
 
+def replayed(function: Callable, options: tuple) -> Callable[[tuple], object]:
+    """``function(*tensors, *options)`` of a tuple of tensors, for calls of one kind: from the third on its
+    launches and PyTorch's operations are repeated, see ``kernels.replay``."""
+    from fastnets.kernels.replay import Replayed
+
+    return Replayed(function, options, body_of)
+
+
 def replays(tensors: int) -> Callable[[Callable], Callable]:
-    """Decorates a function of so many tensors, then options, the backend last, which launches our kernels:
-    from the third call of a kind on its launches are repeated, see ``kernels.replay``."""
+    """Decorates a function of so many tensors, then options, the backend last: by kinds of calls it is
+    ``replayed`` on CUDA, by our kernels and by the vendor's calls, and wherever our kernels are asked for."""
 
     def decorate(function: Callable) -> Callable:
         kinds: dict[tuple, Callable] = {}
@@ -314,18 +322,16 @@ def replays(tensors: int) -> Callable[[Callable], Callable]:
             operands, options = arguments[:tensors], arguments[tensors:]
             wanted = requested(options[-1])
             x = operands[0]
-            launches = x.is_cuda if wanted == "auto" else wanted == "triton"
-            if launches and not x.is_meta and _decisions.get() is None:
+            repeats = x.is_cuda if wanted in ("auto", "library") else wanted == "triton"
+            if repeats and not x.is_meta and _decisions.get() is None:
                 options = tuple([tuple(o) if o.__class__ is list else o for o in options])
                 kind = kind_of(operands, (*options, wanted, _choices))
-                replayed = kinds.get(kind)
-                if replayed is None:
-                    from fastnets.kernels.replay import Replayed
-
+                call = kinds.get(kind)
+                if call is None:
                     if len(kinds) >= KINDS:
                         kinds.clear()
-                    replayed = kinds[kind] = Replayed(function, options)
-                return replayed(operands)
+                    call = kinds[kind] = replayed(function, options)
+                return call(operands)
             return function(*arguments)
 
         return run

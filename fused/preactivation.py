@@ -83,11 +83,9 @@ def _body(
         return call(tensors)
     _validate(*tensors, *options)
     if x.numel() and choose(x, backend) == "triton":
-        from fastnets.kernels.replay import Replayed
-
         if len(_calls) >= dispatch.KINDS:
             _calls.clear()
-        call = _calls[kind] = Replayed(_triton, options)
+        call = _calls[kind] = dispatch.replayed(_triton, options)
         return call(tensors)
     return _composed(bn_add_act_inference, conv_below_autograd, *tensors, *options, backend)
 

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 import fastnets
-from fastnets.fused import cudnn, dispatch
+from fastnets import fused
+from fastnets.fused import conv, cudnn, dispatch, linear
 from fastnets.fused.conv import call_conv_bn_act
+from fastnets.kernels import replay
+from tests.accuracy import assert_exact
 
 
 def test_block_beats_argument_beats_environment():
@@ -67,14 +70,14 @@ def test_cudnn_is_called_by_its_schema(monkeypatch, residual):
 
     monkeypatch.setattr(cudnn, "_fused_calls", lambda: (fake_relu, fake_add_relu))
     monkeypatch.setattr(dispatch, "device_type_of", lambda x: "cuda")
-    conv, bn = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8).eval()
+    layer, bn = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8).eval()
     bn.running_mean.normal_()
     bn.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 4, 9, 9)
     added = torch.randn(2, 8, 5, 5) if residual else None
     with torch.no_grad():
-        y = call_conv_bn_act(conv, bn, None, x, added, "relu", backend="library")
-        expected = bn(conv(x)) + (added if residual else 0)
+        y = call_conv_bn_act(layer, bn, None, x, added, "relu", backend="library")
+        expected = bn(layer(x)) + (added if residual else 0)
         torch.testing.assert_close(y, expected.relu())
     assert calls == [add_relu if residual else relu]
 
@@ -82,15 +85,59 @@ def test_cudnn_is_called_by_its_schema(monkeypatch, residual):
 @pytest.mark.lanes("sm_80", "gpu")
 def test_library_convolution_takes_our_epilogue_in_one_pass(lane, monkeypatch):
     monkeypatch.setattr(dispatch, "device_type_of", lambda x: "cuda")
-    conv, bn = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8).eval()
+    layer, bn = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8).eval()
     bn.running_mean.normal_()
     x, added = torch.randn(2, 4, 9, 9), torch.randn(2, 8, 7, 7)
     with torch.no_grad():
-        expected = torch.nn.functional.silu(bn(conv(x)) + added)
+        expected = torch.nn.functional.silu(bn(layer(x)) + added)
         placed = [lane.put(t) for t in (x, added)]
         if lane.device != "cpu":
-            conv.to(lane.device), bn.to(lane.device)
+            layer.to(lane.device), bn.to(lane.device)
         with lane:
-            y = call_conv_bn_act(conv, bn, None, placed[0], placed[1], "silu", backend="library")
+            y = call_conv_bn_act(layer, bn, None, placed[0], placed[1], "silu", backend="library")
         torch.testing.assert_close(y.cpu(), expected, rtol=2e-3, atol=2e-3)
     assert lane.device != "cpu" or len(lane.launches) == 1
+
+
+def _convolution(x, weight, vectors):
+    bn = (vectors, vectors.abs() + 1, None, None)
+    y = fused.conv_bn_act(x, weight[:, :, None, None], None, *bn, activation="silu", backend="library")
+    return fused.conv_bn_act(y, weight[:, :, None, None], None, *bn, activation="silu", backend="library")
+
+
+def _linear(activation):
+    def call(x, weight, vectors):
+        x, options = x.flatten(2).mT, (activation, 0.0, "library")
+        y = linear._body(x, weight, vectors, None, None, *options)
+        return linear._body(y, weight, vectors, None, x, *options)
+
+    return call
+
+
+@pytest.mark.lanes("sm_80", "gpu")
+@pytest.mark.parametrize(
+    "function", [_convolution, _linear("none"), _linear("relu"), _linear("gelu_tanh"), _linear("silu")]
+)
+def test_vendors_calls_are_repeated_with_the_same_bits(function, lane, monkeypatch):
+    """On CUDA what the library path does is recorded: from the third call of a kind on nothing is decided."""
+    monkeypatch.setattr(dispatch, "device_type_of", lambda x: "cuda")
+    bodies = []
+    for module, name in ((conv, "_convolution_then_epilogue"), (linear, "_vendor")):
+        body = getattr(module, name)
+        counted = lambda *arguments, body=body: bodies.append(1) or body(*arguments)  # noqa: E731
+        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setitem(conv._CALLS, "cudnn+epilogue", conv._convolution_then_epilogue)
+    shapes = [(n, 8, 5, 5) for n in (2, 2, 3, 2, 3, 3, 2)]
+    weight, vectors = torch.randn(8, 8), torch.randn(8)
+    counts = []
+    with lane, torch.no_grad():
+        placed = [lane.put(weight), lane.put(vectors)]
+        for shape in shapes:
+            x = lane.put(torch.randn(shape))
+            y, before = function(x, *placed), len(bodies)
+            counts.append(before)
+            with monkeypatch.context() as patch:
+                patch.setattr(replay.Replayed, "__call__", lambda self, t: self.function(*t, *self.options))
+                assert_exact(function(x, *placed).cpu(), y.cpu())
+            bodies[before:] = []
+    assert counts[-1] == counts[-2] == counts[4] <= 8

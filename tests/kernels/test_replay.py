@@ -1,14 +1,18 @@
 """Launches recorded once per kind of call: right for all tensors of the kind, and only where that is all."""
 
+import dis
+import weakref
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from fastnets.bench.host_cost import dry_launches
 from fastnets.kernels import replay
-from fastnets.kernels.launch import Config, launch, observe_launches
+from fastnets.kernels.launch import Config, kernels_of_driver, launch, observe_launches
 from fastnets.kernels.replay import Replayed
 from tests.accuracy import assert_exact
 from tests.lanes import LANES
@@ -102,10 +106,6 @@ def test_results_may_be_written_into_arguments(lane):
     assert len(calls) == 2
 
 
-def with_copy(x, y, factor):
-    return combined(x.t().contiguous(), y, factor)
-
-
 def with_item(x, y, factor):
     return combined(x, y, factor * float(x.flatten()[0]))
 
@@ -116,32 +116,266 @@ def with_stranger(x, y, factor, others=[]):  # noqa: B006
     return combined(x, others[0], factor)
 
 
-def without_launch(x, y, factor):
-    return torch.empty_like(x).fill_(factor)
+def with_new_values(x, y, factor):
+    return combined(x, torch.tensor([factor]).to(x.device).expand_as(x).contiguous(), factor)
 
 
-@pytest.mark.parametrize("function", [with_copy, with_item, with_stranger, without_launch])
-def test_what_does_more_than_launch_is_never_replayed(function, lane):
+def writing_into_an_argument(x, y, factor):
+    return combined(x, y.mul_(-1.0), factor)
+
+
+def choosing_by_values(x, y, factor):
+    return combined(x, y, factor)[x[:, 0] > 0]
+
+
+@pytest.mark.parametrize(
+    "function", [with_item, with_stranger, with_new_values, writing_into_an_argument, choosing_by_values]
+)
+def test_what_no_replay_would_do_is_never_replayed(function, lane):
     counted, calls = counting(function)
     call = Replayed(counted, (2.0,))
     with lane:
         for i in range(4):
             x, y = (t.view(10, 10) for t in pair(lane))
-            assert_exact(function(x, y, 2.0).cpu(), call((x, y)).cpu())
+            expected = function(x, y.clone(), 2.0)
+            assert_exact(expected.cpu(), call((x, y)).cpu())
             assert len(calls) == i + 1
 
 
 def test_views_of_arguments(lane):
-    """Where kernels take addresses they are replayed; an emulator needs the tensor, and is given it."""
-
     def halves(x, factor):
         return combined(x[:64], x.detach()[64:], factor)
 
-    call = Replayed(halves, (2.0,))
+    counted, calls = counting(halves)
+    call = Replayed(counted, (2.0,))
     with lane:
         for _ in range(4):
             x, _ = pair(lane, 128)
             assert_exact((x[:64] + 2 * x[64:]).cpu(), call((x,)).cpu())
+    assert len(calls) == 2
+
+
+# --- PyTorch's operations between ours ----------------------------------------------------------------------
+
+
+def convolution(x, weight, residual, factor):
+    """A vendor's convolution, then one pass of ours."""
+    return combined(F.conv2d(x, weight, padding=1), residual, factor)
+
+
+def product(x, weight, bias, factor):
+    """Views, a product in 2 dimensions, and a view that is returned."""
+    y = F.linear(x.transpose(0, 1).contiguous(), weight, bias)
+    return combined(y, y.new_ones(y.shape), factor).unflatten(-1, (2, -1)).permute(2, 0, 1, 3)
+
+
+def halves(x, weight, residual, factor):
+    """Several views of one result, and an operation that writes into it."""
+    y = F.conv2d(x, weight, padding=1).flatten()
+    first, second = y.chunk(2)
+    second.mul_(factor)
+    return combined(first, second, factor), second
+
+
+def attended(x, weight, residual, factor):
+    """A vendor's attention, which is random with dropout alone, and returns more than is used."""
+    return combined(F.scaled_dot_product_attention(x, x, x), residual, factor)
+
+
+def normalized(x, weight, residual, factor):
+    """What PyTorch is asked about dtypes alone is no step."""
+    y = F.layer_norm(x, x.shape[1:]).to(torch.promote_types(x.dtype, torch.float64))
+    return y + factor * residual
+
+
+def images(lane):
+    x, residual = (torch.randint(-9, 9, (2, 4, 6, 6)).float() for _ in range(2))
+    return lane.put(x), lane.put(torch.randint(-3, 3, (4, 4, 3, 3)).float()), lane.put(residual)
+
+
+def rows(lane):
+    shapes = (3, 5, 8), (6, 8), (6,)
+    return tuple(lane.put(torch.randint(-9, 9, shape).float()) for shape in shapes)
+
+
+def same(found, expected) -> None:
+    found, expected = (r if isinstance(r, tuple) else (r,) for r in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        assert one.stride() == other.stride()
+        assert one.dtype == other.dtype
+        assert_exact(other.cpu(), one.cpu())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    "function, tensors",
+    [(convolution, images), (product, rows), (halves, images), (attended, images), (normalized, images)],
+)
+def test_operations_of_pytorch_are_repeated_with_the_same_bits(function, tensors, inference, lane):
+    counted, calls = counting(function)
+    call = Replayed(counted, (2.0,))
+    with lane, torch.inference_mode(inference), torch.set_grad_enabled(False):
+        for _ in range(4):
+            given = tensors(lane)
+            same(call(given), function(*given, 2.0))
+    assert len(calls) == 2
+
+
+def test_what_was_recorded_in_inference_mode_serves_outside_it(lane):
+    counted, calls = counting(convolution)
+    call = Replayed(counted, (2.0,))
+    with lane, torch.no_grad():
+        for inference in (True, True, False, True, False):
+            given = images(lane)
+            with torch.inference_mode(inference):
+                y = call(given)
+            assert y.is_inference() == inference
+            same(y, convolution(*given, 2.0))
+    assert len(calls) == 2
+
+
+def test_results_share_memory_as_they_did(lane):
+    """An argument returned is itself, a view of one shares its memory, a new result is new each time."""
+
+    def several(x, weight, residual, factor):
+        return x, x[1:], convolution(x, weight, residual, factor)
+
+    counted, calls = counting(several)
+    call, seen = Replayed(counted, (2.0,)), []
+    with lane, torch.no_grad():
+        for _ in range(4):
+            given = images(lane)
+            itself, part, y = call(given)
+            assert itself is given[0]
+            assert part.data_ptr() == given[0][1:].data_ptr()
+            seen.append(y)
+    assert len(calls) == 2
+    assert len({y.data_ptr() for y in seen}) == 4
+
+
+def test_arguments_that_overlap(lane):
+    call = Replayed(convolution, (2.0,))
+    with lane, torch.no_grad():
+        for overlap in (False, False, True, True, False):
+            x, weight, residual = images(lane)
+            if overlap:
+                whole = torch.cat([x, residual])
+                x, residual = whole[:2], whole[1:3]
+            same(call((x, weight, residual)), convolution(x, weight, residual, 2.0))
+
+
+def test_operations_on_addresses_that_compiled_code_does_not_expect(lane):
+    counted, calls = counting(convolution)
+    call = Replayed(counted, (2.0,))
+    with lane, torch.no_grad():
+        for start in (1, 0, 0, 0, 1, 0):
+            x, weight, residual = images(lane)
+            whole = x.new_zeros(x.numel() + 1)
+            x = whole[start : start + x.numel()].view(x.shape).copy_(x)
+            same(call((x, weight, residual)), convolution(x, weight, residual, 2.0))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_autocast_is_not_recorded(first, lane):
+    """What PyTorch casts to depends on autocast, which no kind of call tells."""
+
+    def cast(x, weight, bias, factor):
+        y = F.linear(x, weight, bias)
+        return combined(y, y, factor)
+
+    call = Replayed(cast, (2.0,))
+    with lane, torch.no_grad():
+        for enabled in (first, first, not first, not first, first, not first):
+            given = rows(lane)
+            with torch.autocast(lane.device, torch.bfloat16, enabled=enabled):
+                y = call(given)
+                assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
+                same(y, cast(*given, 2.0))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.dropout(x, 0.5),
+        lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+        torch.rand_like,
+    ],
+)
+def test_random_numbers_are_drawn_anew(function, lane):
+    call = Replayed(function, ())
+    x = lane.put(torch.ones(2, 2, 16, 16))
+    with lane, torch.no_grad():
+        results = [call((x,)) for _ in range(5)]
+    assert call.never
+    for i, result in enumerate(results):
+        assert not any(torch.equal(result, other) for other in results[:i])
+
+
+def test_what_has_a_gradient_is_not_replayed(lane):
+    counted, calls = counting(lambda x, weight, residual: F.conv2d(x, weight, padding=1) + residual)
+    call = Replayed(counted, ())
+    with lane:
+        for _ in range(4):
+            x, weight, residual = images(lane)
+            call((x, weight.requires_grad_(), residual)).sum().backward()
+            assert weight.grad.abs().sum() > 0
+    assert len(calls) == 4
+
+
+def test_an_operation_that_fails_leaves_no_recorder(lane):
+    call = Replayed(lambda x, y: combined(x @ y, y, 1.0), ())
+    x, y = pair(lane)
+    with lane, torch.no_grad():
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                call((x.view(1, 100), y.view(1, 100)))
+            assert replay.recorders.active is None
+            assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_what_dies_within_a_call_is_freed_there(lane):
+    """A chain of ten needs no more memory replayed than run: its parts go when the next one is made."""
+    alive = []
+
+    def chain(x):
+        for _ in range(10):
+            x = x + 1.0
+            alive.append(weakref.ref(x))
+        return x
+
+    call = Replayed(chain, ())
+    with lane, torch.no_grad():
+        for _ in range(2):
+            call((lane.put(torch.zeros(8)),))
+        names = call.program.__code__.co_names + call.program.__code__.co_varnames
+        assert call((lane.put(torch.zeros(8)),)).tolist() == [10.0] * 8
+    deleted = [i.argval for i in dis.get_instructions(call.program) if i.opname == "DELETE_FAST"]
+    assert len(deleted) == 9
+    assert {*deleted} < {*names}
+
+
+def test_kernels_are_given_addresses_where_the_driver_takes_them(monkeypatch):
+    """As Triton's own driver for CUDA does: of arguments, of views of them and of PyTorch's results."""
+    launched = []
+
+    def parts(x, y):
+        z = x[:64] + 1.0
+        return z, combined(z[32:], y[16:48], 2.0)
+
+    call = Replayed(parts, ())
+    with dry_launches(launched), torch.no_grad():
+        monkeypatch.setattr(kernels_of_driver(), "takes_addresses", True)
+        for _ in range(2):
+            call((torch.randn(128), torch.randn(128)))
+        for _ in range(2):
+            x, y = torch.randn(128), torch.randn(128)
+            z, out = call((x, y))
+            *_, first, second, third, n, factor, block = launched[-1]
+            assert (first, second, third) == (z.data_ptr() + 128, y.data_ptr() + 64, out.data_ptr())
+            assert (n, factor, block) == (32, 2.0, 32)
+            assert_exact(x[:64] + 1.0, z)
+    assert call.program is not None
 
 
 def test_addresses_that_compiled_code_does_not_expect(lane):
