@@ -65,6 +65,7 @@ def validate_backend(name: str, argument: str = "backend") -> str:
 
 
 _environment = validate_backend(os.environ.get("FASTNETS_BACKEND", "auto"), "FASTNETS_BACKEND")
+DISABLED = os.environ.get("FASTNETS_DISABLE") == "1"  # ``optimize`` leaves networks as they are
 
 
 @contextlib.contextmanager

@@ -162,7 +162,9 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
     notes: list[str] = []
     shapes = _Shapes(model, example_inputs, notes)
     rows = _Rows(model, shapes).collect()
-    if not any(isinstance(m, Rewritten) for m in model.modules()):
+    if dispatch.DISABLED:
+        notes.append("FASTNETS_DISABLE=1 is set: fastnets.optimize leaves networks as they are")
+    elif not any(isinstance(m, Rewritten) for m in model.modules()):
         notes.append(
             "nothing is rewritten: pass the network through fastnets.optimize, or read the reasons above"
         )

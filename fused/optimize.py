@@ -88,7 +88,8 @@ def optimize(
 
     Returns:
         The optimized network; ``model`` itself where ``inplace`` is set. Inner containers may hand each other
-        (and hooks on them) channels-last tensors; what the network returns has stock's layout.
+        (and hooks on them) channels-last tensors; what the network returns has stock's layout. With
+        ``FASTNETS_DISABLE=1`` in the environment the stock network, in ``dtype`` where that is given.
 
     Raises:
         TypeError, ValueError: for arguments that make no sense, and, with ``strict``, for layers that were
@@ -96,6 +97,9 @@ def optimize(
             raises for ``example_inputs``.
     """
     _validate(model, mode, dtype, backend, select, filter_fn, save)
+    if dispatch.DISABLED:
+        stock = restore(model if inplace else copy.deepcopy(model))
+        return stock if dtype is None else stock.to(dtype=dtype)
     if select == "measure":
         if example_inputs is None:
             raise ValueError(

@@ -3,7 +3,10 @@
 import copy
 import inspect
 import io
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +14,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastnets
+from fastnets.fused import dispatch
 from fastnets.fused.swap import Rewritten
-from tests.fused.networks import Classifier, Residual, assert_same_answers, graphs, images, kinds, settled
+from tests.fused.networks import (
+    Classifier,
+    Residual,
+    assert_same_answers,
+    graphs,
+    images,
+    kinds,
+    rewritten,
+    settled,
+)
 
 
 @pytest.fixture
@@ -99,6 +112,36 @@ def test_filter_fn(stock):
     assert rows["layer1.1.conv1"].fused
     assert_same_answers(stock, fast, images(*X))
     assert kinds(pickle.loads(pickle.dumps(fast))) == kinds(fast)
+
+
+def test_disabled_by_the_environment(stock, monkeypatch):
+    """FASTNETS_DISABLE=1: the stock network, whatever is asked for; everything else goes on working."""
+    program = "from fastnets.fused import dispatch; print(dispatch.DISABLED)"
+    for value, expected in (("1", "True"), ("0", "False"), ("", "False")):
+        environment = {**os.environ, "FASTNETS_DISABLE": value}
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert result.stdout.strip() == expected, result.stderr
+    fast = fastnets.optimize(stock)
+    monkeypatch.setattr(dispatch, "DISABLED", True)
+    x = images(2, 3, 32, 32)
+    copied = fastnets.optimize(stock, x, strict=True, cuda_graphs=True, select="measure", backend="triton")
+    assert copied is not stock
+    assert not rewritten(copied)
+    assert torch.equal(copied(x), stock(x))
+    assert [p.stride() for p in copied.parameters()] == [p.stride() for p in stock.parameters()]
+    assert "FASTNETS_DISABLE" in str(fastnets.explain(copied))
+    assert next(fastnets.optimize(stock, dtype=torch.bfloat16).parameters()).dtype is torch.bfloat16
+    assert not rewritten(fastnets.optimize(fast))  # one that was optimized before is given back its classes
+    assert fastnets.optimize(stock, inplace=True) is stock
+    assert fastnets.check(stock, copied, x).ok
+    assert fastnets.restore(copied) is copied
+    assert not rewritten(fastnets.create_model("lenet5"))
+    y = fastnets.attention(*torch.randn(3, 1, 2, 4, 8))
+    assert y.shape == (1, 2, 4, 8)
+    with pytest.raises(ValueError, match="backend="):
+        fastnets.optimize(stock, backend="tritton")
 
 
 def test_strict(stock):
