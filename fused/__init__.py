@@ -24,6 +24,7 @@ from fastnets.fused.multihead_attention import MultiheadAttention
 from fastnets.fused.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
 from fastnets.fused.preactivation import bn_act_conv_bn_act
 from fastnets.fused.response_norm import LocalResponseNorm, local_response_norm
+from fastnets.fused.response_norm_pool import local_response_norm_max_pool
 from fastnets.fused.rope import apply_rope
 from fastnets.fused.squeeze_excite import SqueezeExcite
 from fastnets.fused.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
@@ -68,6 +69,7 @@ __all__ = [
     "linear_act",
     "linear_chain",
     "local_response_norm",
+    "local_response_norm_max_pool",
     "rms_norm",
     "stochastic_depth",
 ]

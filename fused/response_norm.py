@@ -146,7 +146,14 @@ def local_response_norm(
 def call_local_response_norm(norm: nn.LocalResponseNorm, x: Tensor, backend: str = "auto") -> Tensor:
     """``norm(x)`` by the op where that is stock's result, by the module itself elsewhere: where a hook would
     be skipped, on the CPU, and under autocast."""
-    if (
+    if runs_stock(norm, x, backend):
+        return norm(x)
+    return local_response_norm(x, norm.size, norm.alpha, norm.beta, norm.k, backend=backend)
+
+
+def runs_stock(norm: nn.LocalResponseNorm, x: object, backend: str) -> bool:
+    """Whether the module itself is to run on x."""
+    return (
         norm.__class__ is not nn.LocalResponseNorm
         or has_hooks(norm)
         or _has_any_global_hook()
@@ -156,9 +163,7 @@ def call_local_response_norm(norm: nn.LocalResponseNorm, x: Tensor, backend: str
         or in_transform()
         or dispatch.leaves_to_stock(x, backend)
         or torch.is_autocast_enabled(dispatch.device_type_of(x))
-    ):
-        return norm(x)
-    return local_response_norm(x, norm.size, norm.alpha, norm.beta, norm.k, backend=backend)
+    )
 
 
 class LocalResponseNorm(nn.LocalResponseNorm):

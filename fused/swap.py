@@ -57,6 +57,7 @@ from fastnets.fused.linear_chain import join_linear_chains
 from fastnets.fused.memory import in_chunks
 from fastnets.fused.ownership import run_in_sequence
 from fastnets.fused.patterns import is_batch_norm, is_convolution, join_preactivations, mark_dying_residuals
+from fastnets.fused.response_norm_pool import join_response_norms
 from fastnets.fused.training_graph import link, shows_input
 from fastnets.fused.transformer_patterns import (
     ending_in_addition,
@@ -263,6 +264,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             modules = dict(module.named_modules(remove_duplicate=False))
             variant.fusions = join_preactivations(graph, modules, variant.fusions)
             variant.fusions = join_pools(graph, modules, variant.fusions)
+            variant.fusions = join_response_norms(graph, modules, variant.fusions)
             variant.fusions = join_linear_chains(graph, modules, variant.fusions)
             variant.fusions += grow_in_place(graph, recipe.backend)
             variant.overwrites = mark_dying_residuals(graph, modules)

@@ -153,7 +153,7 @@ def configs(device: Device) -> list[Config]:
     return small_pass_configs()
 
 
-_BETAS = {0.75: "0.75", 0.5: "0.5", 1.0: "1"}
+BETAS = {0.75: "0.75", 0.5: "0.5", 1.0: "1"}
 
 
 def local_response_norm(
@@ -180,7 +180,7 @@ def local_response_norm(
         response_norm_kernel,
         (of.steps(config) * of.channel_tiles(config),),
         x, y, of.sizes, *of.strides, alpha / size, beta, k,
-        config=config, reads=(x,), writes=(y,), SIZE=size, BETA=_BETAS.get(beta, "any"), RELU=relu,
+        config=config, reads=(x,), writes=(y,), SIZE=size, BETA=BETAS.get(beta, "any"), RELU=relu,
         Y_LAYOUT=of.layouts[0], X_LAYOUT=of.layouts[1], **of.constexprs,
     )  # fmt: skip
     return y
@@ -210,7 +210,7 @@ def local_response_norm_backward(
         response_norm_backward_kernel,
         (of.steps(config) * of.channel_tiles(config),),
         dy, x, dx, of.sizes, *of.strides, alpha / size, beta, k,
-        config=config, reads=(dy, x), writes=(dx,), SIZE=size, BETA=_BETAS.get(beta, "any"), RELU=relu,
+        config=config, reads=(dy, x), writes=(dx,), SIZE=size, BETA=BETAS.get(beta, "any"), RELU=relu,
         DX_LAYOUT=of.layouts[0], DY_LAYOUT=of.layouts[1], X_LAYOUT=of.layouts[2], **of.constexprs,
     )  # fmt: skip
     return dx
