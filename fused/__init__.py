@@ -6,6 +6,7 @@ from fastnets.fused.conv import conv_bn_act
 from fastnets.fused.conv_pool import conv_act_pool
 from fastnets.fused.cross_entropy import CrossEntropyLoss, DistillationLoss, distillation_loss
 from fastnets.fused.dropout import Dropout, StochasticDepth, stochastic_depth
+from fastnets.fused.excited_conv import squeeze_excite_conv_bn_act
 from fastnets.fused.gated import gated_act
 from fastnets.fused.group_norm import GroupNormAct, InstanceNormAct, group_norm_act
 from fastnets.fused.layer_norm import (
@@ -71,5 +72,6 @@ __all__ = [
     "local_response_norm",
     "local_response_norm_max_pool",
     "rms_norm",
+    "squeeze_excite_conv_bn_act",
     "stochastic_depth",
 ]

@@ -21,6 +21,7 @@ from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import call_bn_add_act, in_transform
 from fastnets.fused.chains import Fusion
 from fastnets.fused.conv import call_conv_bn_act
+from fastnets.fused.excited_conv import call_excited_conv
 from fastnets.fused.preactivation import call_preactivated_conv
 
 
@@ -139,7 +140,7 @@ def _reads_any_layout(node: fx.Node) -> bool:
 
 
 # Fused calls that return memory of their own.
-_READERS = (call_bn_add_act, call_conv_bn_act, call_preactivated_conv)
+_READERS = (call_bn_add_act, call_conv_bn_act, call_excited_conv, call_preactivated_conv)
 
 
 def _replace(graph: fx.Graph, chain: list[fx.Node], backend: str) -> None:

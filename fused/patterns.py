@@ -196,7 +196,7 @@ class ConvFinder(ChainFinder):
             self.left.append(Left(node.target if node.op == "call_module" else node.name, kind, reason))
 
 
-_CONV_CALLS = {
+CONV_CALLS = {
     call_conv_bn_act: 3,
     call_conv_bn_iadd_act: 4,
     call_preactivated_conv: 7,
@@ -212,7 +212,7 @@ def mark_dying_residuals(graph: fx.Graph, modules: dict[str, nn.Module]) -> int:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     marked = 0
     for node in graph.nodes:
-        position = _CONV_CALLS.get(node.target) if node.op == "call_function" else None
+        position = CONV_CALLS.get(node.target) if node.op == "call_function" else None
         if position is None:
             continue
         x, residual = node.args[position : position + 2]
@@ -223,7 +223,7 @@ def mark_dying_residuals(graph: fx.Graph, modules: dict[str, nn.Module]) -> int:
             continue
         if residual.op == "placeholder" and len(inputs) == 1:
             node.kwargs = {"residual_dies": GIVEN}
-        elif residual.op == "call_function" and residual.target in _CONV_CALLS:
+        elif residual.op == "call_function" and residual.target in CONV_CALLS:
             node.kwargs = {"residual_dies": MADE_HERE}
         else:
             continue
@@ -251,13 +251,17 @@ def join_preactivations(graph: fx.Graph, modules: dict[str, nn.Module], fusions:
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         graph.erase_node(x)
-        fusions = _joined(fusions, before.target, conv.target)
+        fusions = joined(fusions, ("bn", before.target), conv.target)
     return fusions
 
 
-def _joined(fusions: tuple, before: str, conv: str) -> tuple:
-    """The fusions, with that of a batch norm and that of the convolution after it as one."""
-    first = next(f for f in fusions if f.family == "bn" and f.path("bn") == before)
+def joined(fusions: tuple, head: tuple[str, str], conv: str) -> tuple:
+    """The fusions, with the one of what comes before a convolution and the convolution's as one.
+
+    head: (family and role, path) of the layer that comes first.
+    """
+    role, path = head
+    first = next(f for f in fusions if f.family == role and f.path(role) == path)
     second = next(f for f in fusions if f.family == "conv" and f.path("conv") == conv)
     layers = (*second.layers, *((f"{role} before", path) for role, path in first.layers))
     one = replace(second, kind=f"{first.kind}+{second.kind}", layers=layers)
@@ -266,5 +270,5 @@ def _joined(fusions: tuple, before: str, conv: str) -> tuple:
 
 def _reads_as_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_function":
-        return node.target in _CONV_CALLS
+        return node.target in CONV_CALLS
     return node.op == "call_module" and is_convolution(modules[node.target])

@@ -283,6 +283,12 @@ def call_squeeze_excite(module: nn.Module, x: Tensor, backend: str = "auto") -> 
     The module runs on the CPU (``backend="auto"``), where it or a part of it has hooks, and where dtypes
     differ.
     """
+    arguments = fused_arguments(module, x, backend)
+    return module(x) if arguments is None else squeeze_excite(x, *arguments, backend=backend)
+
+
+def fused_arguments(module: nn.Module, x: Tensor, backend: str) -> tuple | None:
+    """What ``squeeze_excite`` takes besides x to stand for ``module(x)``; None where the module is to run."""
     if (
         not isinstance(x, Tensor)
         or x.dim() != 4
@@ -293,18 +299,17 @@ def call_squeeze_excite(module: nn.Module, x: Tensor, backend: str = "auto") -> 
         or has_hooks(module)
         or any(has_hooks(part) or "parametrizations" in part._modules for part in module.children())
     ):
-        return module(x)
+        return None
     parts = parts_of(module)
     device_type = dispatch.device_type_of(x)
     autocast = torch.is_autocast_enabled(device_type)
     computed = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     if parts is None or x.dtype != computed or x.shape[1] != parts[0].in_channels or not x.numel():
-        return module(x)
+        return None
     reduce, activation, expand, gate = parts
     if not autocast and not reduce.weight.dtype == expand.weight.dtype == x.dtype:
-        return module(x)
-    arguments = (reduce.weight, reduce.bias, expand.weight, expand.bias, activation, gate)
-    return squeeze_excite(x, *arguments, backend=backend)
+        return None
+    return reduce.weight, reduce.bias, expand.weight, expand.bias, activation, gate
 
 
 class SqueezeExcite(nn.Module):

@@ -72,7 +72,7 @@ def conv_kernel(
     M, C, H, W, K, P, Q, y_pitch,
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s,
     residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
-    mean, m2, count, x_mean, x_rstd, x_bn_weight, x_bn_bias, x_slope, x_eps,
+    mean, m2, count, x_mean, x_rstd, x_bn_weight, x_bn_bias, x_slope, x_eps, x_gate,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     VECTOR_X: tl.constexpr, VECTOR_WEIGHT: tl.constexpr, VECTOR_Y: tl.constexpr,
@@ -86,8 +86,8 @@ def conv_kernel(
     Grid (tiles, groups, SPLIT_K). C and K are those of one group. With SPLIT_K > 1, y is the fp32 workspace
     [SPLIT_K, M, y_pitch] of partial sums.
 
-    mean, m2, count: where the statistics of the tile's rows go, or None. x_mean to x_eps: how x is
-    normalised while it is loaded, or None (see ``Prologue``).
+    mean, m2, count: where the statistics of the tile's rows go, or None. x_mean to x_gate: how x is
+    normalised or gated while it is loaded, or None (see ``Prologue``).
 
     VECTOR_*: elements of an aligned vector access. EVEN_C: C is a multiple of BLOCK_K. FLAT_X: windows are
     single pixels in one run, x_w apart. FLAT_WEIGHT: each filter is one run of R·S·C. WIDE: offsets need 64
@@ -128,6 +128,9 @@ def conv_kernel(
                 for j in tl.static_range(S):
                     inside = within(h + i * DILATION_H, H) & within(w + j * DILATION_W, W)
                     taps_inside |= inside.to(tl.int32) << (i * S + j)
+
+    if x_gate is not None:
+        gates_at = tl.multiple_of(m // (P * Q) * C, VECTOR_X)
 
     # The walk over the columns: tap (r, s), channels from c on, one block at a time. Its state is all scalar.
     blocks_per_tap = tl.cdiv(C, BLOCK_K)
@@ -179,6 +182,13 @@ def conv_kernel(
             vectors = (x_mean, x_rstd, x_bn_weight, x_bn_bias)
             of_channels = channel_vectors(group * C + c + lanes, present, vectors, x_eps)
             a = normalized(a, valid[:, None] & present[None, :], of_channels, x_slope, X_ACTIVATION)
+        if x_gate is not None:
+            # Rows of one image have the same gates: all but the first find them in L1.
+            gates_here = gates_at[:, None] + channels[None, :]
+            if EVEN_C:
+                gates_here += tl.multiple_of(c, BLOCK_K)
+            gates = tl.load(x_gate + gates_here, mask=present[None, :], other=0.0)
+            a = (a.to(tl.float32) * gates.to(tl.float32)).to(a.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
         c += BLOCK_K
@@ -276,7 +286,7 @@ def conv_bn_act(
     vectors are [K], each optional (no running statistics: no BN), fp32 or x.dtype. All after the products is
     fp32, rounded once. activation: one of ``activation.ACTIVATIONS``; negative_slope is for "leaky_relu".
     config: one of ``configs`` of the file whose kernel serves the shape, or None to have it chosen.
-    prologue: act(bn(x)) takes the place of x, rounded to x's dtype, while x is loaded.
+    prologue: act(bn(x)), or x times a gate, takes the place of x, rounded to x's dtype, while x is loaded.
 
     Raises ``ValueError`` or ``TypeError`` for arguments that are no convolution, ``UnsupportedConfig`` for a
     config that does not fit the kernel or a prologue for which ``why_no_prologue`` has a reason.
@@ -376,8 +386,10 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
         return y, call.empty_statistics(0)
     plan, second = call.plan(_plan)
     before = call.prologue
-    prologue = _NO_PROLOGUE if before is None else (*before.tensors, before.negative_slope, before.eps)
-    reads = (call.x, call.weight, *prologue[:4])
+    prologue = _NO_PROLOGUE
+    if before is not None:
+        prologue = (*before.tensors, before.negative_slope, before.eps, before.gate)
+    reads = (call.x, call.weight, *prologue[:4], prologue[-1])
     if second is None:
         moments = call.empty_statistics(plan.tiles_m)
         launch(
@@ -403,7 +415,7 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
     return y, moments
 
 
-_NO_PROLOGUE = (None,) * 6
+_NO_PROLOGUE = (None,) * 7
 
 
 def configs(device: Device) -> list[Config]:
@@ -419,6 +431,7 @@ def representative_calls() -> list[RepresentativeCall]:
     pointwise = {"x": (8, 256, 28, 28), "filters": (64, 1, 1), "statistics": True}
     strided = {"x": (8, 72, 28, 28), "filters": (128, 1, 1), "stride": 2, "statistics": True}
     preactivated = {"x": (8, 160, 28, 28), "filters": (128, 1, 1), "prologue": "relu"}
+    gated = {"x": (8, 144, 28, 28), "filters": (40, 1, 1), "residual": True, "prologue": "gate"}
     call = functools.partial(representative, run=taps_conv)
     return [
         call("3x3", **same),
@@ -445,4 +458,8 @@ def representative_calls() -> list[RepresentativeCall]:
         call("1x1, running statistics before, bf16", **preactivated, dtype=half),
         call("1x1, running statistics before, fp32", **preactivated, dtype=full),
         call("1x1, running statistics before, TF32", **preactivated, dtype=full, precision="tf32"),
+        call("1x1, gates before", **gated),
+        call("1x1, gates before, odd C, bf16", **{**gated, "x": (8, 44, 28, 28)}, dtype=half),
+        call("1x1, gates before, fp32", **gated, dtype=full),
+        call("1x1, gates before, TF32", **gated, dtype=full, precision="tf32"),
     ]  # fmt: skip

@@ -174,12 +174,25 @@ def checked_prologue(prologue: Prologue, shape: ConvShape) -> Prologue:
     if reason is not None:
         raise UnsupportedConfig(f"prologue: {reason}; normalise x in a pass of its own")
     check_activation(prologue.activation)
+    if prologue.gate is not None:
+        return _checked_gate(prologue, shape)
+    if prologue.mean is None or prologue.rstd is None:
+        raise ValueError("prologue: give mean and rstd, or a gate")
     vectors = []
     for name, vector in zip(Prologue._fields, prologue.tensors):
         if vector is not None and vector.shape != (shape.C,):
             raise ValueError(f"prologue.{name} has shape {list(vector.shape)}, expected [{shape.C}], as x")
         vectors.append(vector if vector is None or vector.is_contiguous() else vector.contiguous())
     return prologue._replace(mean=vectors[0], rstd=vectors[1], bn_weight=vectors[2], bn_bias=vectors[3])
+
+
+def _checked_gate(prologue: Prologue, shape: ConvShape) -> Prologue:
+    gate = prologue.gate
+    if gate.shape != (shape.N, shape.C):
+        raise ValueError(f"prologue.gate has shape {list(gate.shape)}, expected [{shape.N}, {shape.C}], as x")
+    if shape.groups > 1 or prologue.activation != "none" or any(t is not None for t in prologue.tensors):
+        raise UnsupportedConfig("prologue: a gate goes alone, before a convolution without groups")
+    return prologue._replace(gate=gate.contiguous())
 
 
 def products_of(element_size: int, precision: str, device: Device) -> str:
@@ -253,14 +266,16 @@ def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
         device = current_device(call.x)
         size = call.x.element_size()
         config = choose_config(call.shape, size, call.precision, device, *addressing(call, flags))
-    if call.statistics and config.maxnreg is None and kernel_of(call.shape) != "taps":
+    sums = call.statistics and kernel_of(call.shape) != "taps"
+    gates = call.prologue is not None and call.prologue.gate is not None and config.SPLIT_K > 1
+    if config.maxnreg is None and (sums or gates):
         return _with_all_registers(config)
     return config
 
 
 @functools.lru_cache(maxsize=256)
 def _with_all_registers(config: Config) -> Config:
-    # Left to itself, ptxas spills the sums of the statistics to fit one more block.
+    # Left to itself, ptxas spills the sums of the statistics, or gates, to fit one more block.
     return config.replace(maxnreg=255)
 
 
@@ -405,6 +420,8 @@ def representative(
             # Inference reads running statistics, training those of the batch.
             eps = None if statistics else 1e-5
             before = Prologue(*(torch.empty(x[1], device="meta") for _ in range(4)), prologue, eps=eps)
+            if prologue == "gate":
+                before = Prologue(gate=torch.empty(x[:2], device="meta"))
         call = dataclasses.replace(call, precision=precision, statistics=statistics, prologue=before)
         device = current_device(image)
         products = products_of(image.element_size(), precision, device)

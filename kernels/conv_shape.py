@@ -90,7 +90,7 @@ class ConvShape:
 
 
 class Prologue(NamedTuple):
-    """What a convolution does to x while loading it: act((x - mean) · rstd · bn_weight + bn_bias).
+    """What a convolution does to x when loading it: act((x - mean) · rstd · bn_weight + bn_bias) or x · gate.
 
     x is then the output of an earlier convolution, of which only the statistics are known yet. mean and rstd
     are [C] fp32; bn_weight and bn_bias are [C] of any float dtype, or None. The value is rounded to x's dtype
@@ -98,15 +98,19 @@ class Prologue(NamedTuple):
 
     eps: with one, mean and rstd are running statistics of any float dtype: rstd holds variances, and is taken
     for 1/sqrt(rstd + eps).
+
+    gate: [N, C] of any float dtype, one value for each channel of each image, as squeeze-and-excite has them;
+    nothing else goes with it.
     """
 
-    mean: torch.Tensor
-    rstd: torch.Tensor
+    mean: torch.Tensor | None = None
+    rstd: torch.Tensor | None = None
     bn_weight: torch.Tensor | None = None
     bn_bias: torch.Tensor | None = None
     activation: str = "none"
     negative_slope: float = 0.01
     eps: float | None = None
+    gate: torch.Tensor | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:

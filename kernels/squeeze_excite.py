@@ -1,4 +1,5 @@
 """Squeeze-and-excite in two launches: the planes' means, then both tiny layers, the gate and the scaling.
+Where the convolution behind it scales what it loads, the second launch makes gates alone.
 
     m = mean over pixels of x;   h = act(W₁ m + b₁);   g = gate(W₂ h + b₂);   y = x · g
 
@@ -23,7 +24,7 @@ from fastnets.kernels.conv_shape import vector_width
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import DTYPES, Config, RepresentativeCall, UnsupportedConfig, launch, tiles
 
-__all__ = ["MOST_SQUEEZED", "configs", "excite", "representative_calls", "scale_planes"]
+__all__ = ["MOST_SQUEEZED", "configs", "excite", "gates", "representative_calls", "scale_planes"]
 
 
 @triton.jit
@@ -49,7 +50,10 @@ def excite_kernel(
     WIDE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program scales ``steps`` tiles of pixels of one image."""
+    """A program scales ``steps`` tiles of pixels of one image.
+
+    x and y None: there are only gates to be had, and the programs of an image share its channels.
+    """
     C = units * (VEC if CHANNELS_LAST else 1)
     pixels = pixel_units * (1 if CHANNELS_LAST else VEC)
     image = tl.program_id(0) // chunks
@@ -78,7 +82,12 @@ def excite_kernel(
         start = start * pixel_units * units * VEC
     else:
         start = start * units * pixel_units * VEC
-    for first in range(0, C, BLOCK_C):
+    begin = 0
+    every = BLOCK_C
+    if x is None:
+        begin = chunk * BLOCK_C
+        every = chunks * BLOCK_C
+    for first in range(begin, C, every):
         c = first + tl.arange(0, BLOCK_C)
         inside = c < C
         c = _clamped(c, inside, VEC if CHANNELS_LAST else 1)
@@ -89,16 +98,20 @@ def excite_kernel(
             gate += tl.load(b2 + c, mask=inside, other=0.0).to(tl.float32)
         gate = activate(gate, GATE, 0.0)
         if gate_out is not None:
-            # Programs of one image would write the same: one of them does.
-            tl.store(gate_out + image * C + c, gate, mask=inside & (chunk == 0))
-        for step in range(steps):
-            pixel = (chunk * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
-            valid = pixel < pixels
-            pixel = _clamped(pixel, valid, 1 if CHANNELS_LAST else VEC)
-            at = start + _offset(pixel, c, units, pixel_units, CHANNELS_LAST, VEC)
-            tile = valid[:, None] & inside[None, :]
-            value = tl.load(x + at, mask=tile, other=0.0).to(tl.float32) * gate[None, :]
-            tl.store(y + at, value.to(y.dtype.element_ty), mask=tile)
+            # Programs that scale one image would write the same: one of them does.
+            writes = inside
+            if x is not None:
+                writes = inside & (chunk == 0)
+            tl.store(gate_out + image * C + c, gate, mask=writes)
+        if x is not None:
+            for step in range(steps):
+                pixel = (chunk * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+                valid = pixel < pixels
+                pixel = _clamped(pixel, valid, 1 if CHANNELS_LAST else VEC)
+                at = start + _offset(pixel, c, units, pixel_units, CHANNELS_LAST, VEC)
+                tile = valid[:, None] & inside[None, :]
+                value = tl.load(x + at, mask=tile, other=0.0).to(tl.float32) * gate[None, :]
+                tl.store(y + at, value.to(y.dtype.element_ty), mask=tile)
 
 
 @triton.jit(do_not_specialize=["units", "pixel_units"])
@@ -151,6 +164,8 @@ _CONFIGS = tuple(
         (16, 128, 16, 128, 4), (64, 32, 16, 128, 8), (256, 16, 16, 128, 8),
     )
 )  # fmt: skip
+# Left to itself, ptxas spills on sm_90 to fit one more block.
+_CONFIGS = tuple(c.replace(maxnreg=96) if (c.BLOCK_S, c.BLOCK_C) == (64, 16) else c for c in _CONFIGS)
 _SCALING = (_config(0, 0, 64, 32, 4), _config(0, 0, 16, 128, 4))
 
 
@@ -167,6 +182,13 @@ def _plan(N, C, pixels, S, itemsize, channels_last, config, multiprocessors):
     vec = vector_width(itemsize, fast)
     units, pixel_units = (C // vec, pixels) if channels_last else (C, pixels // vec)
     constexprs = {"CHANNELS_LAST": channels_last, "VEC": vec, "WIDE": N * C * pixels + 2**20 >= 2**31}
+    if pixels == 0:
+        # Gates alone: enough programs for the device, each at least a tile of channels.
+        config = config or next((c for c in _CONFIGS[:3] if c.BLOCK_S >= S), None)
+        if config not in _CONFIGS[:3] or config.BLOCK_S < S:
+            raise UnsupportedConfig(f"{S} squeezed channels (at most {MOST_SQUEEZED}) and {config}")
+        chunks = min(tiles(C, config.BLOCK_C), tiles(2 * max(multiprocessors, 1), N))
+        return config, (N * chunks,), (units, 0, S, chunks, 0), constexprs
     if S == 0:
         config = config or _SCALING[not channels_last]
         if config not in _SCALING:
@@ -222,11 +244,7 @@ def excite(
     channels_last = _layout("excite", x)
     N, C, H, W = x.shape
     S = w1.shape[0]
-    if w1.numel() != S * C or w2.numel() != S * C or not 0 < S <= MOST_SQUEEZED:
-        raise ValueError(
-            f"excite: weights {tuple(w1.shape)} and {tuple(w2.shape)} for {C} channels, "
-            f"expected [S, {C}] and [{C}, S] with S at most {MOST_SQUEEZED}"
-        )
+    _check_weights("excite", w1, w2, C, S)
     y = torch.empty_like(x)
     kept = torch.empty((N, C), dtype=torch.float32, device=x.device) if keep else None
     if x.numel() == 0:
@@ -240,6 +258,46 @@ def excite(
         reads=(x, mean, w1, b1, w2, b2), writes=(y, kept), ACTIVATION=activation, GATE=gate, **constexprs,
     )  # fmt: skip
     return y, kept
+
+
+def gates(
+    mean: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str,
+    gate: str,
+    *,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """``gate(w2 act(w1 mean + b1) + b2)`` [N, C] in fp32, of a contiguous mean [N, C]; otherwise as
+    ``excite``."""
+    check_activation(activation)
+    check_activation(gate)
+    N, C = mean.shape
+    S = w1.shape[0]
+    _check_weights("gates", w1, w2, C, S)
+    y = torch.empty((N, C), dtype=torch.float32, device=mean.device)
+    if y.numel() == 0:
+        return y
+    multiprocessors = current_device(mean).multiprocessors
+    config, grid, integers, constexprs = _plan(
+        N, C, 0, S, mean.element_size(), True, config, multiprocessors
+    )  # fmt: skip
+    launch(
+        excite_kernel, grid, None, None, mean, w1, b1, w2, b2, y, *integers, config=config,
+        reads=(mean, w1, b1, w2, b2), writes=(y,), ACTIVATION=activation, GATE=gate, **constexprs,
+    )  # fmt: skip
+    return y
+
+
+def _check_weights(function: str, w1: torch.Tensor, w2: torch.Tensor, C: int, S: int) -> None:
+    if w1.numel() != S * C or w2.numel() != S * C or not 0 < S <= MOST_SQUEEZED:
+        raise ValueError(
+            f"{function}: weights {tuple(w1.shape)} and {tuple(w2.shape)} for {C} channels, "
+            f"expected [S, {C}] and [{C}, S] with S at most {MOST_SQUEEZED}"
+        )
 
 
 def scale_planes(
@@ -270,7 +328,7 @@ def scale_planes(
 def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors of EfficientNets and RegNets: see ``kernels``."""
 
-    def call(shape, squeezed, dtype, last=True, acts=("silu", "sigmoid"), keep=False):
+    def call(shape, squeezed, dtype, last=True, acts=("silu", "sigmoid"), keep=False, alone=False):
         def thunk(config=None):
             memory_format = torch.channels_last if last else torch.contiguous_format
             x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
@@ -281,6 +339,8 @@ def representative_calls() -> list[RepresentativeCall]:
             w1 = torch.empty(squeezed, C, dtype=dtype, device="meta")
             b1, b2 = (torch.empty(n, dtype=dtype, device="meta") for n in (squeezed, C))
             mean = torch.empty(N, C, dtype=dtype, device="meta")
+            if alone:
+                return gates(mean, w1, b1, w1.t(), b2, *acts, config=config)
             return excite(x, mean, w1, b1, w1.t(), b2, *acts, keep=keep, config=config)
 
         return thunk
@@ -294,6 +354,8 @@ def representative_calls() -> list[RepresentativeCall]:
         ("MobileNetV3, contiguous fp32", call((8, 72, 28, 28), 24, full, False, ("relu", "hardsigmoid"))),
         ("contiguous, 222 squeezed", call((8, 888, 8, 8), 222, half, False, ("relu", "sigmoid"))),
         ("contiguous, 16 squeezed", call((8, 64, 56, 56), 16, bf16, False, keep=True)),
+        ("gates alone, 48 squeezed", call((32, 1152, 1, 1), 48, half, alone=True)),
+        ("gates alone, 222 squeezed, fp32", call((32, 888, 1, 1), 222, full, alone=True)),
         ("scaling, fp16", call((32, 672, 14, 14), 0, half, keep=True)),
         ("scaling, contiguous fp32", call((8, 72, 28, 28), 0, full, False)),
     ]

@@ -10,12 +10,12 @@ from tests.accuracy import assert_close_to, assert_exact
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, last=1):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, padding=1)
         self.norm = nn.LocalResponseNorm(5, alpha=0.1, k=2.0)
         self.se = SqueezeExcite(16, 4)
-        self.last = nn.Conv2d(16, 8, 1)
+        self.last = nn.Conv2d(16, 8, last)
 
     def forward(self, x):
         return self.last(self.se(self.norm(self.conv(x).relu())))
@@ -32,14 +32,14 @@ def test_both_are_found_and_stock_comes_back():
     with torch.no_grad():
         torch.testing.assert_close(fast(x), stock(x))
     found = kinds(fast)
-    assert (found["norm"], found["se"]) == ("response norm", "squeeze-excite")
+    assert (found["norm"], found["last"]) == ("response norm", "squeeze-excite+conv")
     assert list(fast.state_dict()) == list(stock.state_dict())
     with torch.no_grad():
         assert_exact(stock(x), fastnets.restore(fast)(x))
 
 
 def test_kernels_serve_them(lane):
-    stock = Block().eval()
+    stock = Block(last=3).eval()
     x = torch.randn(1, 3, 6, 6).to(memory_format=torch.channels_last)
     with torch.no_grad():
         same, reference = stock(x), Block.forward(stock.double(), x.double())

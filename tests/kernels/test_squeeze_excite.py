@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fastnets.kernels.device import assume_device
 from fastnets.kernels.launch import observe_launches
 from fastnets.kernels.plane_mean import plane_mean
-from fastnets.kernels.squeeze_excite import excite, scale_planes
+from fastnets.kernels.squeeze_excite import excite, gates, scale_planes
 from tests.accuracy import assert_close_to, assert_exact, integers
 from tests.lanes import STRICT_LANES
 
@@ -50,6 +50,17 @@ def test_gate_and_scaling(lane, last, dtype):
 )
 def test_shapes(lane, last, shape, squeezed):
     check(lane, shape, squeezed, BF16, last, biases=squeezed != 33)
+
+
+@pytest.mark.parametrize("shape, squeezed, dtype", [((2, 130), 6, HALF), ((3, 40), 70, FULL)])
+def test_gates_alone(lane, shape, squeezed, dtype):
+    mean, w1, w2 = torch.randn(shape), torch.randn(squeezed, shape[1]) / 8, torch.randn(shape[1], squeezed)
+    tensors = [t.to(dtype) for t in (mean, w1, torch.randn(squeezed), w2, torch.randn(shape[1]))]
+    with lane:
+        gate = gates(*map(lane.put, tensors), "silu", "hardsigmoid")
+    x = torch.ones(*shape, 1, 1)
+    reference, same = (stock(d, x, *tensors)[1] for d in (torch.float64, dtype))
+    assert_close_to(reference, same, gate.to(dtype), 2.0)
 
 
 @pytest.mark.lanes(*STRICT_LANES)
