@@ -40,11 +40,11 @@ class ResNetMaps(ResNet):
 
 
 class FeaturePyramid(nn.Module):
-    """From maps of several widths, the largest first, to as many of ``channels`` and one of half the last's
+    """From four maps of several widths, the largest first, to four of ``channels`` and one of half the last's
     resolution.
     """
 
-    def __init__(self, in_channels: list[int], channels: int):
+    def __init__(self, in_channels: tuple[int, int, int, int], channels: int):
         super().__init__()
         self.inner_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(c, channels, 1)) for c in in_channels)
         self.layer_blocks = nn.ModuleList(
@@ -60,12 +60,14 @@ class FeaturePyramid(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, c2: Tensor, c3: Tensor, c4: Tensor, c5: Tensor) -> tuple[Tensor, ...]:
+        maps = (c2, c3, c4, c5)
         laterals = [inner(x) for inner, x in zip(self.inner_blocks, maps)]
         top = laterals[-1]
         summed = [top]
-        for lateral in laterals[-2::-1]:
-            top = lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")
+        for x, lateral in zip(maps[-2::-1], laterals[-2::-1]):
+            # The size is asked of x, not of its convolution: only the sum reads that one, and can join it.
+            top = lateral + F.interpolate(top, size=x.shape[-2:], mode="nearest")
             summed.insert(0, top)
         outputs = [smooth(x) for smooth, x in zip(self.layer_blocks, summed)]
         return (*outputs, self.pool(outputs[-1]))
@@ -92,7 +94,7 @@ class ResNetFPN(nn.Module):
         if not 0 <= trainable_layers <= 5:
             raise ValueError(f"trainable_layers must be from 0 to 5, got {trainable_layers}")
         self.body = ResNetMaps(block, depths)
-        self.fpn = FeaturePyramid([(64 << i) * block.expansion for i in range(4)], channels)
+        self.fpn = FeaturePyramid(tuple((64 << i) * block.expansion for i in range(4)), channels)
         self.out_channels = channels
         parts = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
         for names in parts[: 5 - trainable_layers]:
@@ -101,8 +103,9 @@ class ResNetFPN(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         check_images(self, x)
-        *maps, pooled = self.fpn(self.body(x))
-        return {**{str(level): y for level, y in enumerate(maps)}, "pool": pooled}
+        c2, c3, c4, c5 = self.body(x)
+        p2, p3, p4, p5, pooled = self.fpn(c2, c3, c4, c5)
+        return {"0": p2, "1": p3, "2": p4, "3": p5, "pool": pooled}
 
 
 @register_model()

@@ -111,7 +111,7 @@ def test_answers_at_full_size_against_contiguous_stock(name):
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("name", map(_slow, OTHERS))
+@pytest.mark.parametrize("name", [*map(_slow, OTHERS)])
 def test_other_networks_of_torchvision(name):
     stock = _build(lambda: torchvision.models.get_model(name, weights=None))
     fast = fastnets.optimize(stock)
@@ -122,14 +122,14 @@ def test_other_networks_of_torchvision(name):
     _assert_agrees(stock, fast, images(1, 3, 64, 64))
 
 
-@pytest.mark.parametrize("name", map(_slow, LARGE_INPUT))
+@pytest.mark.parametrize("name", [*map(_slow, LARGE_INPUT)])
 def test_networks_with_large_inputs(name):
     stock = _build(lambda: torchvision.models.get_model(name, weights=None))
     fast = fastnets.optimize(stock, strict=True)
     _assert_agrees(stock, fast, images(1, 3, LARGE_INPUT[name], LARGE_INPUT[name]))
 
 
-@pytest.mark.parametrize("name", map(_slow, TIMM))
+@pytest.mark.parametrize("name", [*map(_slow, TIMM)])
 def test_networks_of_timm(name):
     timm = pytest.importorskip("timm")
     stock = _build(lambda: timm.create_model(name))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastnets.models import CheckpointError, create_model, load_weights
+from fastnets.models import CheckpointError, ConvNeXtTimm, create_model, load_weights
 from tests.accuracy import assert_close_to
 from tests.models.test_architectures import on_meta, same_network_twice, stock_network
 
@@ -69,13 +69,13 @@ def test_outputs_are_the_stock_networks(name, size):
         assert_close_to(reference, a, b)
 
 
-# Trained by default: one with concatenation, one with a shuffle, one with squeeze-and-excite, one of timm's.
+# One of each class, and those by default: with concatenation, a shuffle, squeeze-and-excite, one of timm's.
 TRAINED = [
-    network if isinstance(network, tuple) and network[0] in
+    network if network[0] in
     ("googlenet", "mobilenet_v1", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
-    else pytest.param(*getattr(network, "values", network), marks=slow)
-    for network in NETWORKS
-]  # fmt: skip
+    else pytest.param(*network, marks=slow)
+    for network in NETWORKS if type(network) is tuple
+] + [pytest.param("efficientnet_v2_s", (40, 33), marks=slow)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, size", TRAINED)
@@ -88,6 +88,26 @@ def test_training_is_the_stock_networks(name, size):
     exact = gradients_of(stock.double(), x.double())
     flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (exact, theirs, mine)]
     assert_close_to(*flat, ratio=3)
+
+
+def test_training_of_timms_convnext_is_timms():
+    """What convnext_xlarge is, at a size that can be trained here."""
+    timm = pytest.importorskip("timm", reason="timm is the reference here")
+    depths, channels = (1, 1, 2, 1), (16, 24, 32, 48)
+    torch.manual_seed(0)
+    stock = timm.create_model(
+        "convnext_xlarge", depths=depths, dims=channels, drop_path_rate=0.5, num_classes=7
+    )
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    ours = ConvNeXtTimm(depths, channels, num_classes=7, drop_branch=0.5)
+    load_weights(ours, stock.state_dict())
+    x = torch.randn(4, 3, 40, 33)
+    theirs, mine = gradients_of(stock.train(), x), gradients_of(ours.train(), x)
+    exact = gradients_of(stock.double(), x.double())
+    for reference, a, b in zip(exact, theirs, mine, strict=True):
+        assert_close_to(reference, a, b, ratio=3)
 
 
 @pytest.mark.parametrize("name, size", [("googlenet", (224, 224)), ("inception_v3", (299, 299))])
