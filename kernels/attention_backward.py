@@ -432,7 +432,8 @@ def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | 
     steps, vec = delta_steps(o, do)
     B, H, HK, M, N = problem.B, problem.H, problem.HK, problem.M, problem.N
     if config is None:
-        config = backward_config(problem.dtype, problem.block_d, problem.device, problem.flags["PLAIN"])
+        plain, grouped = problem.flags["PLAIN"], H > HK
+        config = backward_config(problem.dtype, problem.block_d, problem.device, plain, grouped)
     if problem.sequences:
         count_m, count_n = (
             rows // block + problem.sequences for rows, block in ((M, config.BLOCK_M), (N, config.BLOCK_N))
@@ -448,7 +449,8 @@ def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | 
 
 
 def _run(call: AttentionCall, config: Config | None = None):
-    check_config(config, backward_configs_for(call.dtype, call.block_d, current_device(), call.plain))
+    suited = backward_configs_for(call.dtype, call.block_d, current_device(), call.plain, call.group > 1)
+    check_config(config, suited)
     q, k, v, options, extra = call.tensors()
     o, lse = call.result()
     return attention_backward(o, None, q, k, v, o, lse, options, **extra, config=config)

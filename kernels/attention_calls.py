@@ -87,6 +87,10 @@ def attention_calls() -> dict[str, AttentionCall]:
         "128 causal grouped bf16": AttentionCall(
             bf16, D=128, N=4096, B=1, H=32, group=4, right=0, keep_lse=True
         ),
+        "128 grouped, ALiBi bf16": AttentionCall(
+            bf16, D=128, N=4096, B=1, H=32, group=4, right=0, alibi=True, keep_lse=True
+        ),
+        "64 causal grouped bf16": AttentionCall(bf16, N=4096, B=1, H=32, group=8, right=0, keep_lse=True),
         "128 fp32": AttentionCall(single, D=128, B=2),
         "32 bf16, Swin": AttentionCall(bf16, D=32, B=256, H=3, N=49, bias=(1, 3, 49, 49), mask=bf16),
         "16 fp16": AttentionCall(half, D=16),
@@ -101,7 +105,6 @@ def attention_calls() -> dict[str, AttentionCall]:
         ),
         "64 fp32, pair bias": AttentionCall(single, B=1, H=8, N=128, bias=(1, 8, 128, 128)),
         "128 fp32, pair bias": AttentionCall(single, D=128, B=1, H=8, N=128, bias=(1, 8, 128, 128)),
-        "72 fp32, bias for all heads": AttentionCall(single, D=72, B=2, H=8, N=128, bias=(1, 1, 128, 128)),
         "64 bf16, bottom right": AttentionCall(bf16, M=40, right=0),
         "64 fp32, short": AttentionCall(single, N=49),
         "128 bf16, short": AttentionCall(bf16, D=128, N=49),

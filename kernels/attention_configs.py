@@ -63,7 +63,7 @@ _FORWARD_FP32 = {
     256: ((None, _forward(16, 16, 8, 1)),),
 }
 _BACKWARD = {
-    16: _backward(64, 64, 64, 64, 4, 2),
+    16: _backward(64, 32, 64, 32, 4, 2),
     32: _backward(64, 64, 64, 64, 4, 2),
     64: _backward(128, 64, 128, 64, 8, 2),
     128: _backward(64, 32, 64, 32, 8, 2),
@@ -85,7 +85,7 @@ _BACKWARD_FP32 = {
 # Calls with a mask, bias, ALiBi or soft-capping hold more of each score: tiles that then do not spill.
 _FORWARD_WITH_TERMS = {
     16: _forward(64, 64, 4, 3),
-    32: _forward(64, 64, 4, 3),
+    32: _forward(64, 32, 4, 3),
     64: _forward(64, 64, 4, 3),
     128: _forward(64, 32, 4, 2),
 }
@@ -93,10 +93,16 @@ _FORWARD_WITH_TERMS_FP32 = {
     64: _forward(32, 32, 4, 2),
     128: _forward(16, 16, 8, 1),
 }
-_BACKWARD_WITH_TERMS = {64: _backward(64, 32, 64, 32, 4, 3)}
+_BACKWARD_WITH_TERMS = {
+    32: _backward(64, 32, 64, 32, 4, 2),
+    64: _backward(64, 32, 64, 32, 4, 2),
+}
 _BACKWARD_WITH_TERMS_FP32 = {64: _backward(16, 32, 32, 16, 4, 1)}
 # The plain one, of 8 warps, spills with a mask there, this one elsewhere.
 _BACKWARD_WITH_TERMS_FP32_SM80 = {**_BACKWARD_WITH_TERMS_FP32, 128: _backward(16, 16, 16, 16, 4, 1)}
+# With several heads to a key head there is one loop more around, whose addresses take registers.
+_BACKWARD_GROUPED = {64: _backward(64, 32, 64, 32, 8, 2)}
+_BACKWARD_GROUPED_SM90 = {64: _backward(64, 32, 64, 32, 8, 3), 128: _backward(64, 16, 64, 32, 8, 2)}
 
 
 def _forward_table(dtype: torch.dtype, device: Device) -> dict:
@@ -111,10 +117,17 @@ def _backward_table(dtype: torch.dtype, device: Device) -> dict:
     return _BACKWARD_SM90 if device.capability == 90 else _BACKWARD
 
 
-def _backward_table_with_terms(dtype: torch.dtype, device: Device) -> dict:
-    if dtype != torch.float32:
-        return _BACKWARD_WITH_TERMS
-    return _BACKWARD_WITH_TERMS_FP32_SM80 if device.capability == 80 else _BACKWARD_WITH_TERMS_FP32
+def _backward_tables(dtype: torch.dtype, device: Device, plain: bool, grouped: bool) -> tuple[dict, ...]:
+    """The first that has the head dim counts."""
+    tables = [_backward_table(dtype, device)]
+    if not plain and dtype != torch.float32:
+        tables.insert(0, _BACKWARD_WITH_TERMS)
+    elif not plain:
+        sm80 = device.capability == 80
+        tables.insert(0, _BACKWARD_WITH_TERMS_FP32_SM80 if sm80 else _BACKWARD_WITH_TERMS_FP32)
+    if grouped and dtype != torch.float32:
+        tables.insert(0, _BACKWARD_GROUPED_SM90 if device.capability == 90 else _BACKWARD_GROUPED)
+    return tuple(tables)
 
 
 def forward_configs_for(dtype: torch.dtype, head_dim: int, device: Device, plain: bool) -> list[Config]:
@@ -123,36 +136,32 @@ def forward_configs_for(dtype: torch.dtype, head_dim: int, device: Device, plain
     return list(dict.fromkeys(forward_config(dtype, head_dim, M, device, plain) for M in lengths))
 
 
-def backward_configs_for(dtype: torch.dtype, head_dim: int, device: Device, plain: bool) -> list[Config]:
+def backward_configs_for(
+    dtype: torch.dtype, head_dim: int, device: Device, plain: bool, grouped: bool
+) -> list[Config]:
     """The one that ``backward_config`` picks for a dtype and a padded head dim; none where there is none."""
     if head_dim not in _backward_table(dtype, device):
         return []
-    return [backward_config(dtype, head_dim, device, plain)]
+    return [backward_config(dtype, head_dim, device, plain, grouped)]
 
 
 def forward_configs(device: Device) -> list[Config]:
     """Every config that ``forward_config`` may pick; none without matrix units."""
-    if device.capability < MATRIX_UNITS:
-        return []
-    return _all_of(forward_configs_for, device)
+    return _all_of(forward_configs_for, device, (True, False))
 
 
 def backward_configs(device: Device) -> list[Config]:
     """Every config that ``backward_config`` may pick; none without matrix units."""
+    return _all_of(backward_configs_for, device, (True, False), (True, False))
+
+
+def _all_of(configs_for: Callable, device: Device, *kinds: tuple[bool, ...]) -> list[Config]:
     if device.capability < MATRIX_UNITS:
         return []
-    return _all_of(backward_configs_for, device)
-
-
-def _all_of(configs_for: Callable, device: Device) -> list[Config]:
-    kinds = itertools.product((torch.float16, torch.float32), _FORWARD, (True, False))
-    return list(
-        dict.fromkeys(
-            config
-            for dtype, head_dim, plain in kinds
-            for config in configs_for(dtype, head_dim, device, plain)
-        )
-    )
+    found: dict[Config, None] = {}
+    for dtype, head_dim, *kind in itertools.product((torch.float16, torch.float32), _FORWARD, *kinds):
+        found.update(dict.fromkeys(configs_for(dtype, head_dim, device, *kind)))
+    return list(found)
 
 
 def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device, plain: bool = True) -> Config:
@@ -164,15 +173,15 @@ def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device, pl
     return next(config for most, config in row if most is None or M <= most)
 
 
-def backward_config(dtype: torch.dtype, head_dim: int, device: Device, plain: bool = True) -> Config:
-    """As ``forward_config``; head_dim is at most 128 in fp32, wider ones do not fit."""
+def backward_config(
+    dtype: torch.dtype, head_dim: int, device: Device, plain: bool = True, grouped: bool = False
+) -> Config:
+    """As ``forward_config``; head_dim is at most 128 in fp32, wider ones do not fit. grouped: heads share
+    key heads."""
     if dtype == torch.float32 and head_dim > 128:
         raise ValueError("attention: the backward kernel takes head dims up to 128 in float32")
-    if not plain:
-        with_terms = _backward_table_with_terms(dtype, device)
-        if head_dim in with_terms:
-            return with_terms[head_dim]
-    return _backward_table(dtype, device)[head_dim]
+    tables = _backward_tables(dtype, device, plain, grouped)
+    return next(table[head_dim] for table in tables if head_dim in table)
 
 
 def bias_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:
