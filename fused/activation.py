@@ -170,6 +170,12 @@ def recognise(module: nn.Module | None) -> tuple[str, float] | None:
     return read(module) if read is not None else None
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether this is one of PyTorch's activation modules, with a fused form or without."""
+    cls = type(module)
+    return cls.__module__ == nn.ReLU.__module__ and cls is not nn.MultiheadAttention
+
+
 def _gelu_name(approximate: str = "none") -> tuple[str, float] | None:
     return {"none": ("gelu", 0.0), "tanh": ("gelu_tanh", 0.0)}.get(approximate)
 

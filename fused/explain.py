@@ -21,6 +21,7 @@ from fastnets.fused import (
     response_norm,
     squeeze_excite,
 )
+from fastnets.fused.activation import is_activation, recognise
 from fastnets.fused.attention import implementation_of as implementation_of_attention
 from fastnets.fused.capture import CaptureError, capture, has_hooks
 from fastnets.fused.chains import Fusion, Left
@@ -195,6 +196,7 @@ class _Rows:
 
     def __init__(self, model: nn.Module, shapes: _Shapes):
         self.model = model
+        self.optimized = any(isinstance(m, Rewritten) for m in model.modules())
         self.shapes = shapes
         self.claimed: set[nn.Module] = set()
         self.gone_through: set[nn.Module] = set()
@@ -212,7 +214,7 @@ class _Rows:
             for fusion in fusions_of(module):
                 self._add_fusion(path, module, fusion)
         for path, module in named:
-            if isinstance(module, _LAYERS) and module not in self.claimed:
+            if module not in self.claimed and (isinstance(module, _LAYERS) or self._does_more(module)):
                 self._add(path, self._stock_row(path, module))
         for path in self.shapes.attention:
             if path not in self.attending:
@@ -223,6 +225,13 @@ class _Rows:
         order = {path: i for i, (path, _) in enumerate(named)}
         paths = sorted(self.found, key=lambda path: order.get(path, len(order)))
         return [row for path in paths for row in self.found[path]]
+
+    def _does_more(self, module: nn.Module) -> bool:
+        """Whether this is an activation, or a layer of the user's own: no container, with parameters."""
+        if is_activation(module):
+            return True
+        own = not is_stock(type(module)) and bool(module._parameters)
+        return own and module not in self.gone_through and next(module.children(), None) is None
 
     def _add(self, path: str, row: Row) -> None:
         self.found.setdefault(path, []).append(row)
@@ -359,7 +368,8 @@ class _Rows:
 
     def _reason(self, path: str, layer: nn.Module | None) -> str:
         others = (*_GROUP_NORMS, *pool.POOLS, nn.LocalResponseNorm)
-        if layer is not None and not is_layer(layer) and not isinstance(layer, others):
+        known = isinstance(layer, others) or recognise(layer) is not None
+        if layer is not None and not is_layer(layer) and not known:
             own = not is_stock(type(layer))
             return f"{type(layer).__name__} " + ("has a forward of its own" if own else "has no fused form")
         container_path, container = self._container_of(path)
@@ -375,9 +385,20 @@ class _Rows:
             self.reasons[container] = self._why_not_captured(container)
         if reason := self.reasons.get(container):
             return f"{container_path or 'the root'} ({type(container).__name__}) cannot be captured: {reason}"
-        if layer is not None and (is_batch_norm(layer) or isinstance(layer, _GROUP_NORMS)):
+        if layer is not None and self.optimized and (is_batch_norm(layer) or isinstance(layer, _GROUP_NORMS)):
             return "nothing stands before or after it that it could fuse with"
+        if layer is not None and is_activation(layer) and self._calls(container, path):
+            return "it follows nothing that it could fuse with"
+        if not self.optimized:
+            return "the network is not optimized"
         return "its container does not call it as a layer"
+
+    def _calls(self, container: nn.Module, path: str) -> bool:
+        """Whether the captured forward of a layer's container calls that layer."""
+        layer = self.model.get_submodule(path)
+        nodes = [n for v in variants_in_force(container) for n in v.captured.graph.nodes] if isinstance(
+            container, Rewritten) else []  # fmt: skip
+        return any(n.op == "call_module" and container.get_submodule(n.target) is layer for n in nodes)
 
     def _kept_stock(self, path: str) -> bool:
         above = path
@@ -424,7 +445,9 @@ def _stock_kind(layer: nn.Module) -> str:
         return norm_kind(layer)
     if isinstance(layer, nn.LocalResponseNorm):
         return "response norm"
-    return "pool" if isinstance(layer, pool.POOLS) else "bn"
+    if isinstance(layer, pool.POOLS):
+        return "pool"
+    return "bn" if isinstance(layer, nn.modules.batchnorm._BatchNorm) else type(layer).__name__
 
 
 def _join(prefix: str, path: str) -> str:

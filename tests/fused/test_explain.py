@@ -138,6 +138,40 @@ def test_reasons():
     assert all(row.reason for row in rows.values() if not row.fused)
 
 
+def test_activations_and_layers_of_ones_own_are_rows():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return torch.fft.fft(x).real * self.weight
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(4, 4, 1), nn.ReLU()
+            self.before, self.after, self.unused = nn.Tanh(), nn.PReLU(), nn.GELU()
+            self.own = Doubled()
+
+        def forward(self, x):
+            return self.own(self.after(self.relu(self.conv(self.before(x)))))
+
+    stock = Net().eval()
+    rows = _rows(fastnets.optimize(stock))
+    assert {path: row.reason for path, row in rows.items()} == {
+        "conv": "",
+        "before": "it follows nothing that it could fuse with",
+        "after": "PReLU has no fused form",
+        "unused": "its container does not call it as a layer",
+        "own": "Doubled has a forward of its own",
+    }
+    assert rows["conv"].kind == "conv+relu"
+    assert fastnets.explain(fastnets.optimize(stock)).coverage == 1  # of what could be fused
+    reasons = {path: row.reason for path, row in _rows(stock).items()}
+    assert reasons["conv"] == reasons["before"] == "the network is not optimized"
+
+
 def test_a_hook_on_a_block_shows_the_other_graph():
     fast = fastnets.optimize(settled(Residual(shortcut=True)))
     handle = fast.shortcut.register_forward_hook(lambda *a: None)
