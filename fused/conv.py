@@ -202,7 +202,7 @@ def _body(
     vectors = (bias, mean, var, bn_weight, bn_bias)
     wanted = _preferred(x, weight, stride, dilation, groups, activation, residual is not None, backend)
     if packing.keeps(weight):
-        key = _folding_key(x, residual, options, backend, wanted)
+        key = _folding_key(x, weight.shape, residual, options, backend, wanted)
         prepared = packing.lookup(weight, key, vectors)
         if prepared is not None and prepared.run is not None:
             return prepared.run(x, residual, in_place)
@@ -230,15 +230,15 @@ def _body(
         prepare = onednn.prepare_convolution if implementation == "onednn" else cudnn.prepare_convolution
         run = _prepare(prepare, x, weights, residual, options, keep)
     if keep:
-        key = _folding_key(x, residual, options, backend, wanted)
+        key = _folding_key(x, weight.shape, residual, options, backend, wanted)
         packing.keep(weight, packing.Prepared(key, run, weight, vectors))
     return run(x, residual) if run is not None else _reference(x, weights, residual, options)
 
 
-def _folding_key(x: Tensor, residual: Tensor | None, options: Options, backend: str, wanted: str) -> tuple:
+def _folding_key(x, filter_shape, residual, options: Options, backend: str, wanted: str) -> tuple:
     """What folded and packed weights depend on besides the weights. All batches share them, except one image
-    (PyTorch may prefer other algorithms) and none."""
-    batch = min(len(x), 2) if x.dim() else 0
+    (PyTorch may prefer other algorithms), none, and those of few pixels."""
+    batch = (min(len(x), 2), onednn.over_few_pixels(x, filter_shape)) if x.dim() == 4 else 0
     added = residual is not None and (residual.shape[1:], residual.dtype, len(residual) == len(x))
     return (
         batch, x.shape[1:], x.dtype, x.device, added, options, backend, wanted,

@@ -9,6 +9,7 @@ do not take a dtype, ``unsupported`` says so and the op stays with another imple
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,7 @@ from fastnets.fused.activation import activation as activation_of
 
 Run = Callable[..., Tensor]  # (x, residual, in_place=False): in_place lets the result overwrite the residual
 
+_FEW_PIXELS, _MOST_UNROLLED = 1024, 50_000
 _UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8 / 2}
 
 
@@ -116,10 +118,13 @@ def prepare_convolution(
     call.
 
     ``pack`` reorders the weights once for this shape; without it oneDNN reorders them in every call.
-    Where PyTorch itself would not use oneDNN (a few pixels, one image) its own convolution is faster than a
-    oneDNN call can be, and the epilogue runs in place on the result.
+    A 1×1 convolution over few pixels is a product by MKL, see ``over_few_pixels``. Where PyTorch itself would
+    not use oneDNN and has little to unroll (one image of a few pixels) its own convolution is faster than a
+    oneDNN call can be. In both the epilogue runs in place on the result.
     """
     weight, bias = folded
+    if not x.is_meta and over_few_pixels(x, weight.shape) and _is_product(x, stride, padding):
+        return _by_product(x, weight, bias, activation, negative_slope, pack)
     if not x.is_meta and _stays_native(x, weight, bias, stride, padding, dilation, groups):
         return _native(weight, bias, stride, padding, dilation, groups, activation, negative_slope)
     if pack and not x.is_meta:
@@ -167,6 +172,16 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _stays_native(x, weight, bias, stride, padding, dilation, groups) -> bool:
+    """Whether PyTorch would not use oneDNN, and its own convolution has little to unroll.
+
+    Measured (fp32, one and two cores, caches cold): up to 50,000 elements of windows its product takes 0.75
+    to 1.0 of the time of oneDNN's call, from 56,000 on 1.05 to 1.8 times as long.
+    """
+    windows = math.prod(weight.shape[1:])
+    for size, length, step, pad, dilated in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation):
+        windows *= (size + 2 * pad - dilated * (length - 1) - 1) // step + 1
+    if windows > _MOST_UNROLLED:
+        return False
     chosen = torch._C._select_conv_backend(
         x,
         weight,
@@ -184,6 +199,38 @@ def _stays_native(x, weight, bias, stride, padding, dilation, groups) -> bool:
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def over_few_pixels(x: Tensor, filter_shape: tuple[int, ...]) -> bool:
+    """Whether a 1×1 filter [K, C, 1, 1] meets so few pixels of x [N, C, H, W] that MKL is the faster one.
+
+    Measured (fp32, one and two cores, caches cold): up to 1,024 pixels MKL with an epilogue in place takes
+    0.5 to 0.9 of the time of oneDNN's call, which looks up its kernel each time; from 3,136 on up to 1.3.
+    """
+    N, C, H, W = x.shape
+    return N * H * W <= _FEW_PIXELS and filter_shape[1:] == (C, 1, 1)
+
+
+def _is_product(x: Tensor, stride: list[int], padding: list[int]) -> bool:
+    """Whether a 1×1 convolution of x is a product of matrices that MKL has."""
+    plain = tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    return plain and x.dtype == torch.float32 and _mkl_calls() is not None
+
+
+def _by_product(x, weight, bias, activation, negative_slope, pack) -> Run:
+    """As a linear layer over the pixels. Packed weights serve as many pixels as x has; others get stock's."""
+    N, _, H, W = x.shape
+    product = _linear_product(N * H * W, weight.flatten(1).contiguous(), bias, None, pack)
+    entry = activation_of(activation)
+    activate = None if activation == "none" else entry.in_place or entry.forward
+
+    def run(x: Tensor, residual: Tensor | None, in_place: bool = False) -> Tensor:
+        y = product(_dense(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if residual is not None:
+            y += residual
+        return y if activate is None else channels_last(activate(y, negative_slope))
+
+    return run
 
 
 def _native(weight, bias, stride, padding, dilation, groups, activation, negative_slope) -> Run:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastnets import fused
-from fastnets.fused import conv, dispatch, packing
+from fastnets.fused import conv, dispatch, onednn, packing
 from fastnets.fused.activation import ACTIVATIONS
 from fastnets.fused.conv import call_conv_bn_act, implementation_of
 from tests.accuracy import assert_close_to, assert_exact, integers
@@ -538,3 +538,71 @@ def test_stock_errors_stay_stock():
             layer.conv(x)
         with pytest.raises(type(theirs.value)):
             call_conv_bn_act(layer.conv, layer.bn, None, x)
+
+
+# --- on the CPU, the call by the amount of work -------------------------------------------------------------
+
+
+def served_by(monkeypatch, N, C, K, pixels, size=1, stride=1, **options):
+    """What made the calls ready that ran a convolution on the CPU; their results are judged."""
+    torch.manual_seed(0)
+    made, prepare = [], onednn.prepare_convolution
+
+    def noted(*args):
+        run = prepare(*args)
+        made.append(run.__qualname__.split(".")[0])
+        return run
+
+    monkeypatch.setattr(onednn, "prepare_convolution", noted)
+    weight = torch.randn(K, C, size, size) / (C * size * size) ** 0.5
+    vectors = ("bias", "running_mean", "bn_weight", "bn_bias")
+    tensors = {"x": torch.randn(N, C, pixels, pixels), "weight": weight, "residual": None}
+    tensors |= {name: torch.randn(K) for name in vectors} | {"running_var": torch.rand(K) + 0.5} | options
+    geometry = {"stride": pair(stride), "padding": pair(size // 2), "dilation": (1, 1), "groups": 1}
+    with torch.no_grad():
+        for activation in ("none", "relu", "relu6", "silu"):
+            judge(tensors, geometry, activation, backend="library")
+    return made
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_pointwise_convolutions_over_few_pixels_are_products(monkeypatch, adds):
+    residual = {"residual": torch.randn(2, 48, 14, 14)} if adds else {}
+    assert set(served_by(monkeypatch, 2, 96, 48, 14, **residual)) == {"_by_product"}
+
+
+def test_pointwise_convolutions_over_many_pixels_are_onednns(monkeypatch):
+    assert set(served_by(monkeypatch, 2, 16, 24, 56)) == {"prepare_convolution"}
+
+
+def test_strided_pointwise_convolutions_are_no_products(monkeypatch):
+    assert "_by_product" not in served_by(monkeypatch, 2, 96, 48, 14, stride=2)
+
+
+def test_one_small_image_stays_native_only_while_there_is_little_to_unroll(monkeypatch):
+    assert set(served_by(monkeypatch, 1, 24, 16, 14, size=3)) == {"_native"}
+    assert set(served_by(monkeypatch, 1, 64, 64, 14, size=3)) == {"prepare_convolution"}
+
+
+def test_one_packed_weight_serves_every_batch_of_few_and_of_many_pixels():
+    torch.manual_seed(0)
+    conv2d, bn = nn.Conv2d(64, 48, 1, bias=False).eval(), nn.BatchNorm2d(48).eval()
+    for N in (2, 1, 5, 40, 3, 2):
+        x = torch.randn(N, 64, 9, 9)
+        with torch.no_grad():
+            y = call_conv_bn_act(conv2d, bn, None, x, None, "relu", 0.0, "library")
+            expected = bn(conv2d(x)).relu()
+            exact = F.relu(F.batch_norm(F.conv2d(x.double(), conv2d.weight.double()), *(
+                t.double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+            ), eps=bn.eps))  # fmt: skip
+        assert_close_to(exact, expected, y)
+
+
+def test_products_over_few_pixels_keep_nan():
+    x = torch.randn(1, 8, 4, 4)
+    x[0, :, 1, 2] = float("nan")
+    weight = torch.randn(8, 8, 1, 1)
+    with torch.no_grad():
+        y = fused.conv_bn_act(x, weight, activation="relu", backend="library")
+    assert y[0, :, 1, 2].isnan().all()
+    assert y.isnan().sum() == 8
