@@ -133,7 +133,7 @@ _infer = dispatch.register("bn_add_act_inference" + _SCHEMA, _body, _fake)
 
 def bn_add_act_inference(x: Tensor, *arguments: object) -> Tensor:
     """The op below autograd; its computation alone where nobody watches, 15 µs earlier."""
-    if x.__class__ is Tensor and torch._C._len_torch_dispatch_stack() == 0:
+    if x.__class__ is Tensor and torch._C._len_torch_dispatch_stack() == 0 and not dispatch.IN_RANGES:
         return _body(x, *arguments)
     return _infer(x, *arguments)
 
@@ -219,6 +219,31 @@ def in_transform() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_inference() -> bool:
+    """Whether nothing asks for gradients, compiles, or wants to see each module's call.
+
+    What ``dispatch.Remembered`` then compares tells modes, tracers and functorch."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or _has_any_global_hook()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def watched(x: Tensor) -> bool:
+    """Whether anything wants to see the op itself: a compiler, a tracer, autocast or a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or x.__class__ is not Tensor
+        or x.is_meta
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._get_tracing_state() is not None
+        or dispatch.IN_RANGES
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fastnets.fused import dispatch
 from fastnets.fused.activation import activation as activation_of
-from fastnets.fused.batch_norm import has_hooks
+from fastnets.fused.batch_norm import has_hooks, watched
 from fastnets.fused.chains import Fusion
 from fastnets.fused.conv import (
     Options,
@@ -26,7 +26,6 @@ from fastnets.fused.conv import (
     conv_bn_act_op,
     must_run_stock,
     validate_convolution,
-    watched,
     weights_of,
 )
 from fastnets.fused.onednn import channels_last

@@ -12,7 +12,8 @@ folded them a new graph is captured. What a forward reads besides parameters, bu
 call ``fastnets.refresh(model)`` after changing that. Everything else runs as usual: with gradients, in
 training, under autocast, compilers, tracers, dispatch modes and functorch, with hooks on inner modules,
 within another capture, on other devices than CUDA, for arguments that are not tensors, and a network whose
-forward cannot be captured (a warning and ``explain`` tell why).
+forward cannot be captured or writes into its inputs (a warning tells why). ``explain`` says why the last
+call that ran as usual did. Moving or converting the network frees its graphs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, cuda, nn
 from torch.utils import _pytree as pytree
 
 from fastnets.fused import dispatch, packing
+from fastnets.fused.attention import switches_of_sdpa
 from fastnets.fused.batch_norm import has_hooks, is_unobserved
 
 __all__ = ["describe", "forget", "replayed"]
@@ -52,10 +54,14 @@ class _Graph:
                 for _ in range(_WARM_UPS):
                     forward(module, *self.inputs)
             cuda.current_stream().wait_stream(stream)
+            given = [x._version for x in self.inputs]
             self.graph = cuda.CUDAGraph()
             # Other threads may allocate meanwhile, as those that pin memory for data loaders do.
             with cuda.graph(self.graph, network.pool, stream, capture_error_mode="thread_local"):
                 result = forward(module, *self.inputs)
+        if given != [x._version for x in self.inputs]:
+            raise RuntimeError("it writes into its inputs, where a replay would write into copies")
+        self.streams = {cuda.current_stream()}
         self.outputs, self.spec = pytree.tree_flatten(result)
         for leaf in self.outputs:
             if not isinstance(leaf, (Tensor, *_CONSTANTS)):
@@ -66,7 +72,11 @@ class _Graph:
         self.tensors = [t.detach() for t in _tensors_of(module)]
         self.folds = any(packing.keeps(t) for t in module.parameters())
 
-    def replay(self, arguments: tuple) -> object:
+    def replay(self, arguments: tuple, stream: object) -> object:
+        if stream not in self.streams:  # its work on them may not be done yet when the graph goes
+            self.streams.add(stream)
+            for static in self.inputs:
+                static.record_stream(stream)
         for static, x in zip(self.inputs, arguments):
             static.copy_(x)
         self.graph.replay()
@@ -82,7 +92,7 @@ class _Network:
         self.seen: dict[tuple, None] = {}
         self.failed = ""
         self.epoch = packing.epoch()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a forward may call its own network
         self._pool = None
         self._stream = None
         self._last_stream = None
@@ -101,8 +111,8 @@ class _Network:
     def run(self, forward: Callable, module: nn.Module, arguments: tuple, state: list) -> object:
         key = (
             *[(x.shape, x.stride(), x.dtype, x.device) for x in arguments],
-            dispatch.requested("auto"), torch.backends.cudnn.conv.fp32_precision,
-            torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+            dispatch.switches(), torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.enabled,
+            torch.get_float32_matmul_precision(), *switches_of_sdpa(),
         )  # fmt: skip
         with self.lock:
             known = self.graphs.pop(key, None)
@@ -139,10 +149,11 @@ class _Network:
         if self._last_stream is not None and stream != self._last_stream:
             stream.wait_stream(self._last_stream)
         self._last_stream = stream
-        return graph.replay(arguments)
+        return graph.replay(arguments, stream)
 
 
 _networks: weakref.WeakKeyDictionary[nn.Module, _Network] = weakref.WeakKeyDictionary()
+_usual: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # why the last call ran so
 
 
 def replayed(forward: Callable) -> Callable:
@@ -151,13 +162,14 @@ def replayed(forward: Callable) -> Callable:
     @functools.wraps(forward)
     def graphed(self, *args, **kwargs):
         if kwargs or not args or self.training or not all(map(_may_be_copied, args)):
-            return forward(self, *args, **kwargs)
+            return _as_usual(forward, self, args, kwargs)
         device = args[0].device
         state = None
         if all(x.device == device for x in args) and not cuda.is_current_stream_capturing():
             state = _state_of(self)
         if state is None:
-            return forward(self, *args)
+            return _as_usual(forward, self, args, kwargs)
+        _usual.pop(self, None)
         network = _networks.get(self)
         if network is None or (network.failed and network.epoch != packing.epoch()):
             network = _networks[self] = _Network()
@@ -169,9 +181,16 @@ def replayed(forward: Callable) -> Callable:
     return graphed
 
 
+def _as_usual(forward: Callable, network: nn.Module, args: tuple, kwargs: dict) -> object:
+    if not torch.compiler.is_compiling():
+        _usual[network] = _why_not(network, args, kwargs)
+    return forward(network, *args, **kwargs)
+
+
 def forget(module: nn.Module) -> None:
     """Drop the graphs of a network, and the memory that they hold."""
     _networks.pop(module, None)
+    _usual.pop(module, None)
 
 
 def describe(module: nn.Module) -> str:
@@ -180,7 +199,33 @@ def describe(module: nn.Module) -> str:
     if network is not None and network.failed:
         return f"CUDA graphs: none, its forward cannot be captured ({network.failed})"
     count = 0 if network is None else len(network.graphs)
-    return f"CUDA graphs: {count} captured (inference on CUDA, from the second call of a kind on)"
+    usual = f"; the last call ran as usual: {_usual[module]}" if module in _usual else ""
+    return f"CUDA graphs: {count} captured (inference on CUDA, from the second call of a kind on){usual}"
+
+
+def _why_not(network: nn.Module, args: tuple, kwargs: dict) -> str:
+    """Why a call was run as usual."""
+    if kwargs:
+        return f"keyword arguments ({', '.join(kwargs)}); give them by position"
+    if network.training:
+        return "the network is in training mode"
+    if not args:
+        return "no arguments"
+    for i, x in enumerate(args):
+        if not isinstance(x, Tensor):
+            return f"argument {i} is a {type(x).__name__}, not a tensor"
+        if not _on_cuda(x):
+            return f"argument {i} is on {x.device}"
+    if torch.is_grad_enabled():
+        return "gradients are enabled; use torch.no_grad() or torch.inference_mode()"
+    if torch.is_autocast_enabled(args[0].device.type):
+        return "autocast is enabled; convert the network with optimize(dtype=...) instead"
+    for name, module in network.named_modules():
+        if module is not network and has_hooks(module):
+            return f"{name} has a hook"
+        if module.training:
+            return f"{name} is in training mode"
+    return "a compiler, tracer, mode, global hook, tensor subclass or another capture is around"
 
 
 def _may_be_copied(x: object) -> bool:

@@ -47,7 +47,7 @@ _forced: contextvars.ContextVar[str] = contextvars.ContextVar("fastnets_backend"
 _assumed_device: contextvars.ContextVar[str] = contextvars.ContextVar("fastnets_device", default="cpu")
 # Older Dynamos cannot read a ContextVar: compiled, the block has no say there.
 _TRACES_CONTEXT = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 14)
-_IN_RANGES = os.environ.get("FASTNETS_NVTX") == "1"
+IN_RANGES = os.environ.get("FASTNETS_NVTX") == "1"
 _bodies: dict[torch._ops.OpOverload, Callable] = {}
 
 
@@ -288,6 +288,11 @@ def leaves_to_stock(x: Tensor, backend: str) -> bool:
     return (backend if torch.compiler.is_compiling() else requested(backend)) == "auto"
 
 
+def _precision_of_fp32() -> tuple:
+    backends = torch.backends
+    return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+
+
 def kind_of(tensors: Sequence[Tensor | None], options: tuple) -> tuple:
     """All that a launcher may decide by: sizes, strides, dtypes and devices, options, and global switches."""
     kind = [*options]
@@ -298,9 +303,80 @@ def kind_of(tensors: Sequence[Tensor | None], options: tuple) -> tuple:
             dtype = t.dtype
             kind += (t.shape, t.stride(), dtype, t.get_device())
             if dtype is torch.float32 and t is tensors[0]:
-                backends = torch.backends
-                kind += (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision)
+                kind += _precision_of_fp32()
     return tuple(kind)
+
+
+def switches() -> tuple:
+    """What implementations are chosen by besides the call: a backend that is forced, what was measured."""
+    return _forced.get(), _choices
+
+
+class Remembered:
+    """A call that a layer made, and how to tell that the next one is of the same kind.
+
+    PyTorch's tensor guards compare in one microsecond what ``kind_of`` collects in five: classes, sizes,
+    strides, dtypes and devices, and with the dispatch keys in force whether a mode, a tracer, functorch or
+    autocast is around. Hooks, gradients, compilers and forward-mode AD are the caller's to ask for.
+    """
+
+    __slots__ = ("_check", "_options", "_precision", "_switches", "call")
+
+    def __init__(self, call: Callable[[tuple], object], tensors: tuple[Tensor | None, ...], options: tuple):
+        given = [t for t in tensors if t is not None]
+        guards = _guards.TensorGuards(
+            *given,
+            dynamic_dims_sizes=[list(t.shape) for t in given],
+            dynamic_dims_strides=[list(t.stride()) for t in given],
+        )
+        self._check = _check_of(tuple([t is not None for t in tensors]))(guards.check)
+        self._options = options
+        self._precision = _precision_of_fp32() if tensors[0].dtype is torch.float32 else None
+        self._switches = switches()
+        self.call = call
+
+    def serves(self, tensors: tuple[Tensor | None, ...], options: tuple) -> bool:
+        """Whether ``call(tensors)`` is what a call with these options does."""
+        return (
+            self._options == options
+            and self._check(tensors)
+            and self._switches == switches()
+            and _decisions.get() is None
+            and (self._precision is None or self._precision == _precision_of_fp32())
+        )
+
+
+try:
+    from torch._C._dynamo import guards as _guards
+
+    _one = torch.empty(1, device="cpu")
+    _guard = _guards.TensorGuards(_one, dynamic_dims_sizes=[[1]], dynamic_dims_strides=[[1]])
+    # Ranges are around what the dispatcher calls.
+    _REMEMBERS = _guard.check(_one) and not _guard.check(_one.double()) and not IN_RANGES
+except (ImportError, AttributeError, TypeError, SystemError):  # not a public name
+    _REMEMBERS = False
+
+
+class Memory(dict):
+    """The last calls of an op's layers: for each layer (a hashable that tells it from others) one.
+
+    What is found is to be asked whether it ``serves``: the layer may have changed, or be another's key now.
+    """
+
+    def keep(self, key: object, call: object, tensors: tuple[Tensor | None, ...], options: tuple) -> None:
+        """Remember a ``kernels.replay.Replayed``, once it knows what it repeats."""
+        if _REMEMBERS and call is not None and (call.never or call.program is not None):
+            if len(self) >= KINDS:
+                self.clear()
+            self[key] = Remembered(call, tensors, options)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_of(given: tuple[bool, ...]) -> Callable[[Callable], Callable[[tuple], bool]]:
+    """Of a check of the tensors that are given the check of a tuple where the others are None."""
+    conditions = [f"t[{i}] is None and " for i, there in enumerate(given) if not there]
+    arguments = ", ".join(f"t[{i}]" for i, there in enumerate(given) if there)
+    return eval(f"lambda check: lambda t: {''.join(conditions)}check({arguments})")
 
 
 def replayed(function: Callable, options: tuple) -> Callable[[tuple], object]:
@@ -318,23 +394,29 @@ def replays(tensors: int) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         kinds: dict[tuple, Callable] = {}
 
-        @functools.wraps(function)
-        def run(*arguments):
+        def recorded(*arguments):
+            """What repeats this call; None where nothing does."""
             operands, options = arguments[:tensors], arguments[tensors:]
             wanted = requested(options[-1])
             x = operands[0]
             repeats = x.is_cuda if wanted in ("auto", "library") else wanted == "triton"
-            if repeats and not x.is_meta and _decisions.get() is None:
-                options = tuple([tuple(o) if o.__class__ is list else o for o in options])
-                kind = kind_of(operands, (*options, wanted, _choices))
-                call = kinds.get(kind)
-                if call is None:
-                    if len(kinds) >= KINDS:
-                        kinds.clear()
-                    call = kinds[kind] = replayed(function, options)
-                return call(operands)
-            return function(*arguments)
+            if not repeats or x.is_meta or _decisions.get() is not None:
+                return None
+            options = tuple([tuple(o) if o.__class__ is list else o for o in options])
+            kind = kind_of(operands, (*options, wanted, _choices))
+            call = kinds.get(kind)
+            if call is None:
+                if len(kinds) >= KINDS:
+                    kinds.clear()
+                call = kinds[kind] = replayed(function, options)
+            return call
 
+        @functools.wraps(function)
+        def run(*arguments):
+            call = recorded(*arguments)
+            return function(*arguments) if call is None else call(arguments[:tensors])
+
+        run.recorded = recorded
         return run
 
     return decorate
@@ -374,7 +456,7 @@ def register(
         flops: FLOP formula over shapes for ``torch.utils.flop_counter``.
     """
     name = schema.split("(")[0]
-    if _IN_RANGES:
+    if IN_RANGES:
         body = _in_range(f"fastnets.{name}", body)
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     for key in ("CPU", "CUDA"):

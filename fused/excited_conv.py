@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
+from fastnets.fused.batch_norm import watched
 from fastnets.fused.conv import (
     Options,
     Weights,
@@ -25,7 +26,6 @@ from fastnets.fused.conv import (
     implementation_of,
     must_run_stock,
     validate_convolution,
-    watched,
     weights_of,
 )
 from fastnets.fused.patterns import CONV_CALLS, joined

@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastnets.fused import dispatch, onednn, packing
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.activation import recognise
-from fastnets.fused.batch_norm import has_hooks, in_transform
+from fastnets.fused.batch_norm import has_hooks, in_transform, is_inference, watched
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? residual, str activation, "
@@ -522,6 +522,21 @@ def call_linear_act(
     small or learns. ``act`` is the module that stock would call; None means a function or nothing.
     ``layer_scale`` is a tensor [N], or a module that multiplies by its ``gamma`` (timm's ``LayerScale``).
     """
+    inference = is_inference() and x.__class__ is Tensor
+    if inference:
+        parameters = linear._parameters
+        weight = parameters.get("weight")
+        remembered = _memory.get((id(weight), x.shape))
+        if remembered is not None and not (
+            has_hooks(linear) or linear.__class__ not in _LINEARS or (act is not None and has_hooks(act))
+        ):
+            scales = isinstance(layer_scale, nn.Module)
+            scale = layer_scale._parameters.get("gamma") if scales else layer_scale
+            tensors = (x, weight, parameters.get("bias"), scale, residual)
+            if remembered.serves(tensors, (activation, negative_slope, backend)) and (
+                not scales or _scales_plainly(layer_scale)
+            ):
+                return remembered.call(tensors)
     if _runs_stock(linear, act, x, residual, layer_scale, backend):
         weight = linear._parameters.get("weight")
         if weight is not None and torch.is_grad_enabled():
@@ -529,10 +544,15 @@ def call_linear_act(
         return _call_stock(linear, act, x, residual, activation, negative_slope, layer_scale)
     parameters = linear._parameters
     scale = layer_scale._parameters["gamma"] if isinstance(layer_scale, nn.Module) else layer_scale
+    tensors = (x, parameters["weight"], parameters["bias"], scale, residual)
+    options = (activation, negative_slope, backend)
+    if inference and not watched(x):
+        _memory.keep((id(tensors[1]), x.shape), _body.recorded(*tensors, *options), tensors, options)
     op = _differentiable if torch.is_grad_enabled() else _infer
-    return op(
-        x, parameters["weight"], parameters["bias"], scale, residual, activation, negative_slope, backend
-    )
+    return op(*tensors, *options)
+
+
+_memory = dispatch.Memory()
 
 
 def _call_stock(linear, act, x, residual, activation, negative_slope, layer_scale) -> Tensor:

@@ -21,6 +21,7 @@ from fastnets.fused.batch_norm import (
     bn_add_act_op,
     call_bn_add_act,
     has_hooks,
+    watched,
 )
 from fastnets.fused.conv import (
     Options,
@@ -31,7 +32,6 @@ from fastnets.fused.conv import (
     implementation_of,
     must_run_stock,
     validate_convolution,
-    watched,
     weights_of,
 )
 

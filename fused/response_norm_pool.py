@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastnets.fused import dispatch
-from fastnets.fused.batch_norm import has_hooks
+from fastnets.fused.batch_norm import has_hooks, watched
 from fastnets.fused.chains import Fusion
-from fastnets.fused.conv import watched
 from fastnets.fused.pool import _max_differentiable, _max_fake, _max_infer, _windows, call_pool2d
 from fastnets.fused.response_norm import _differentiable as _norm_differentiable
 from fastnets.fused.response_norm import _infer as _norm_infer

@@ -41,7 +41,7 @@ from fastnets.fused.capture import (
 from fastnets.fused.chains import Fusion, Left
 from fastnets.fused.concatenation import grow_in_place
 from fastnets.fused.conv_pool import join_pools
-from fastnets.fused.cuda_graphs import replayed
+from fastnets.fused.cuda_graphs import forget, replayed
 from fastnets.fused.excited_conv import join_excited
 from fastnets.fused.fuse import fuse, is_layer
 from fastnets.fused.handing_down import THEN_ADD, finish
@@ -495,6 +495,7 @@ class Rewritten:
 
     def _apply(self, fn, recurse: bool = True):
         packing.bump()
+        forget(self)  # and free what its graphs read, which may be on its way to another device
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):

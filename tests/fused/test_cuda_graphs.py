@@ -8,6 +8,7 @@ import contextlib
 import copy
 import io
 import types
+import weakref
 
 import pytest
 import torch
@@ -282,6 +283,60 @@ def test_explain_counts_them(device):
     warm(model, image(device))
     assert "CUDA graphs: 1 captured" in str(fastnets.explain(model))
     assert "CUDA graphs" not in str(fastnets.explain(fastnets.optimize(Net())))
+
+
+def test_explain_says_why_the_last_call_ran_as_usual(device):
+    model, x = network(device), image(device)
+
+    def reason():
+        return str(fastnets.explain(model)).partition("the last call ran as usual: ")[2]
+
+    model(x)
+    assert reason().startswith("gradients are enabled")
+    with torch.no_grad():
+        model(x)
+        assert not reason()
+        model(x=x)
+        assert reason().startswith("keyword arguments (x)")
+        with torch.autocast(device, torch.bfloat16):
+            model(x)
+        assert reason().startswith("autocast is enabled")
+        handle = model.bn.register_forward_hook(lambda *_: None)
+        model(x)
+        assert reason().startswith("bn has a hook")
+        handle.remove()
+        model.head.train()
+        model(x)
+        assert reason().startswith("head is in training mode")
+        model.eval()
+        check(model, x)
+        assert not reason()
+
+
+def test_a_network_that_writes_into_its_inputs_is_not_captured(device):
+    class Writes(Net):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    model, x = fastnets.optimize(Writes().eval().to(device), cuda_graphs=True), image(device)
+    expected = x * 8
+    with torch.no_grad():
+        model(x)
+        with pytest.warns(UserWarning, match="writes into its inputs"):
+            model(x)
+        model(x)
+    torch.testing.assert_close(x, expected)
+
+
+def test_moving_or_converting_frees_the_graphs(device):
+    model, x = network(device), image(device)
+    warm(model, x)
+    held = [weakref.ref(t) for graph in graphs_of(model) for t in graph.inputs]
+    model.bfloat16()
+    assert not graphs_of(model)
+    assert not any(t() is not None for t in held)
+    warm(model, x.bfloat16())
+    assert graphs_of(model)
 
 
 def test_on_the_cpu_nothing_is_captured():

@@ -6,12 +6,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnets
 from fastnets import fused
-from fastnets.fused import conv, cudnn, dispatch, linear
+from fastnets.fused import conv, cudnn, dispatch, layer_norm, linear
 from fastnets.fused.conv import call_conv_bn_act
 from fastnets.kernels import replay
+from fastnets.kernels.launch import observe_launches
 from tests.accuracy import assert_exact
 
 
@@ -141,3 +143,150 @@ def test_vendors_calls_are_repeated_with_the_same_bits(function, lane, monkeypat
                 assert_exact(function(x, *placed).cpu(), y.cpu())
             bodies[before:] = []
     assert counts[-1] == counts[-2] == counts[4] <= 8
+
+
+# --- calls of layers that are repeated without asking again -------------------------------------------------
+
+
+def _conv_layer(lane):
+    layer, bn = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8)
+    layer, bn = (m.eval().to(lane.device, memory_format=torch.channels_last) for m in (layer, bn))
+    act = nn.ReLU()
+    return (layer, bn, act), lambda x: call_conv_bn_act(layer, bn, act, x, None, "relu", 0.0, "triton")
+
+
+def _linear_layer(lane):
+    layer, act = nn.Linear(6, 8).eval().to(lane.device), nn.ReLU()
+    return (layer, None, act), lambda x: linear.call_linear_act(
+        layer, act, x, activation="relu", backend="triton"
+    )
+
+
+def _norm_layer(lane):
+    layer = nn.LayerNorm(6).eval().to(lane.device)
+    return (layer, None, None), lambda x: layer_norm.call_layer_norm(layer, x, None, "triton")
+
+
+_LAYERS = [pytest.param(_conv_layer, marks=pytest.mark.slow), _linear_layer, _norm_layer]
+
+
+def _stock(modules, x):
+    for module in modules:
+        x = x if module is None else module(x)
+    return x
+
+
+@pytest.mark.lanes("sm_80", "gpu")
+@pytest.mark.parametrize("make", _LAYERS)
+def test_what_changed_since_a_call_was_remembered_is_seen(make, lane):
+    """Weights, their addresses and strides, hooks, settings, other shapes and dtypes."""
+    modules, call = make(lane)
+    layer, bn, _ = modules
+    seen = []
+
+    def agree(x):
+        torch.testing.assert_close(call(x), _stock(modules, x), rtol=2e-3, atol=2e-3)
+
+    def image(*shape):
+        return lane.put(torch.randn(*shape))
+
+    with lane, torch.no_grad():
+        for _ in range(4):
+            agree(image(2, 4, 5, 6))
+        assert any(d for d in (conv._memory, linear._memory, layer_norm._memory))
+        layer.weight.mul_(2)  # in place
+        agree(image(2, 4, 5, 6))
+        layer.weight.data = layer.weight.data * 3  # elsewhere
+        agree(image(2, 4, 5, 6))
+        before = layer.weight
+        layer.weight = nn.Parameter(torch.randn_like(before))
+        agree(image(2, 4, 5, 6))
+        square = layer.weight.dim() == 2
+        if square:  # other strides at the same address, as a transposed view of the data has
+            whole = lane.put(torch.randn(8, 8))
+            layer.weight.data = whole[:, :6]
+            agree(image(2, 4, 5, 6))
+            layer.weight.data = whole.t()[:, :6]
+            agree(image(2, 4, 5, 6))
+        layer.bias = None
+        agree(image(2, 4, 5, 6))
+        agree(image(3, 4, 5, 6))
+        agree(image(2, 4, 5, 6))
+        agree(image(2, 4, 5, 6).contiguous(memory_format=torch.channels_last))
+        if bn is not None:
+            bn.eps = 0.5
+            agree(image(2, 4, 5, 6))
+            layer.stride = (2, 2)
+            agree(image(2, 4, 5, 6))
+            bn.running_mean = lane.put(torch.randn(8))
+            agree(image(2, 4, 5, 6))
+        for module in modules:
+            if module is not None:
+                handle = module.register_forward_hook(lambda *a: seen.append(1))
+                agree(image(2, 4, 5, 6))
+                handle.remove()
+                agree(image(2, 4, 5, 6))
+        handle = nn.modules.module.register_module_forward_hook(lambda *a: seen.append(1))
+        agree(image(2, 4, 5, 6))
+        handle.remove()
+        for module in modules:
+            if module is not None:
+                module.bfloat16()
+        x = image(2, 4, 5, 6).bfloat16()
+        torch.testing.assert_close(call(x), _stock(modules, x), rtol=3e-2, atol=3e-2)
+    assert len(seen) >= 2 * sum(m is not None for m in modules)
+
+
+@pytest.mark.lanes("sm_80", "gpu")
+@pytest.mark.parametrize("make", _LAYERS)
+def test_who_wants_to_see_a_call_sees_it_though_it_was_remembered(make, lane):
+    """Gradients, autocast, backends asked for, modes, functorch and forward-mode AD."""
+    modules, call = make(lane)
+    x = lane.put(torch.randn(2, 4, 5, 6))
+    with lane:
+        with torch.no_grad():
+            for _ in range(4):
+                expected = call(x)
+            with torch.autocast(lane.device, torch.bfloat16):
+                low = call(x)
+                assert low.dtype == _stock(modules, x).dtype
+            with fastnets.backend("reference"):
+                torch.testing.assert_close(call(x), _stock(modules, x))
+            with FlopCounterMode(display=False) as counter:
+                call(x)
+            assert modules[0].__class__ is nn.LayerNorm or counter.get_total_flops() > 0
+            batched = torch.func.vmap(call)(torch.stack([x, 2 * x]))
+            torch.testing.assert_close(batched[0], _stock(modules, x), rtol=2e-3, atol=2e-3)
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+                torch.testing.assert_close(call(dual), _stock(modules, x), rtol=2e-3, atol=2e-3)
+        with torch.inference_mode():
+            for _ in range(4):
+                torch.testing.assert_close(call(x), expected)
+        y = call(x.clone().requires_grad_())
+        assert y.requires_grad
+        torch.testing.assert_close(y.detach(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.lanes("sm_80", "gpu")
+def test_attention_that_was_remembered(lane):
+    q, k, v = (lane.put(torch.randn(1, 2, 24, 16)) for _ in range(3))
+    mask = lane.put(torch.randn(24, 24))
+    stock = torch.nn.functional.scaled_dot_product_attention
+    with lane, torch.no_grad():
+        for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"scale": 0.5}, {}):
+            for i in range(3):
+                y = fastnets.attention(q * (i + 1), k, v, **options, backend="triton")
+                torch.testing.assert_close(y, stock(q * (i + 1), k, v, **options), rtol=2e-3, atol=2e-3)
+        seen = []
+        with observe_launches(seen.append):
+            fastnets.attention(q, k, v, backend="triton")
+        assert len(seen) == 1
+        with pytest.raises(RuntimeError, match="is_causal"):
+            fastnets.attention(q, k, v, mask, is_causal=True, backend="triton")
+        with pytest.raises(ValueError, match="head"):
+            fastnets.attention(q, k[:, :1].expand(1, 3, 24, 16), v, backend="triton")
+    q.requires_grad_()
+    with lane:
+        fastnets.attention(q, k, v, backend="triton").sum().backward()
+    assert q.grad.abs().sum() > 0
