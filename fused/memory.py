@@ -44,6 +44,7 @@ _SAMPLEWISE = frozenset(
 _SAMPLEWISE_PAIRS = frozenset(["aten::add", "aten::add_", "aten::mul", "aten::mul_"])
 _ALONG_A_DIMENSION = {"aten::mean": 1, "aten::cat": 1, "aten::_softmax": 1}
 _RESHAPES = frozenset(["aten::view", "aten::_unsafe_view", "aten::squeeze", "aten::unsqueeze"])
+_PARAMETER_VIEWS = _RESHAPES | {"aten::t", "aten::permute", "aten::transpose"}
 
 
 class _Witness(TorchDispatchMode):
@@ -54,6 +55,7 @@ class _Witness(TorchDispatchMode):
         self.batch = batch
         self.samplewise = True
         self.bytes_per_sample = 0
+        self.parameters: set[int] = set()  # addresses of those that views were seen of
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -63,7 +65,8 @@ class _Witness(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name == "aten::t" and isinstance(args[0], nn.Parameter):
+        if name in _PARAMETER_VIEWS and self._is_parameter(args[0]):
+            self.parameters.add(args[0].untyped_storage().data_ptr())
             return result
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         self.samplewise = self.samplewise and self._keeps_samples_apart(name, args, outputs)
@@ -71,19 +74,22 @@ class _Witness(TorchDispatchMode):
         return result
 
     def _keeps_samples_apart(self, name: str, args: tuple, outputs: list[Tensor]) -> bool:
+        """Results must be rows in the order of the samples: all rows of the first, then of the second."""
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        if any(t.dim() == 0 or t.size(0) != self.batch for t in outputs):
+        if not all(self._has_rows_of_samples(t) for t in outputs):
             return False
         if name == "aten::addmm":  # bias, samples, weights
-            return args[1].size(0) == self.batch
-        if not tensors or tensors[0].dim() == 0 or tensors[0].size(0) != self.batch:
+            return self._has_rows_of_samples(args[1]) and args[1].size(0) == outputs[0].size(0)
+        if name in _SAMPLEWISE_PAIRS:
+            return any(t.shape == outputs[0].shape for t in tensors) and all(
+                self._aligns(t, outputs[0]) for t in tensors
+            )
+        if not tensors or not self._has_rows_of_samples(tensors[0]):
             return False
         if name in _SAMPLEWISE or name in _RESHAPES:
             return True
         if name == "aten::as_strided_":  # pooling to one pixel rewrites the strides of the sizes of one
             return args[2][0] * self.batch == tensors[0].numel()
-        if name in _SAMPLEWISE_PAIRS:
-            return all(t.shape == outputs[0].shape or t.dim() == 0 for t in tensors)
         if name in ("aten::transpose", "aten::permute"):
             kept = args[1] if name == "aten::permute" else [0, *args[1:]]
             return kept[0] == 0 and all(d % tensors[0].dim() != 0 for d in kept[1:])
@@ -94,6 +100,20 @@ class _Witness(TorchDispatchMode):
         if name == "aten::native_batch_norm":
             return not args[5]
         return name == "aten::_native_batch_norm_legit_no_training"
+
+    def _has_rows_of_samples(self, t: Tensor) -> bool:
+        return t.dim() > 0 and t.size(0) % self.batch == 0 and not self._is_parameter(t)
+
+    def _is_parameter(self, t: Tensor) -> bool:
+        return isinstance(t, nn.Parameter) or t.untyped_storage().data_ptr() in self.parameters
+
+    def _aligns(self, t: Tensor, result: Tensor) -> bool:
+        """Whether an operand meets each row of the result in the same way, or only the row of its own."""
+        if t.dim() == 0 or t.shape == result.shape:
+            return True
+        if self._is_parameter(t):  # along the other dimensions alone
+            return t.dim() < result.dim() or t.size(0) == 1
+        return t.dim() == result.dim() and t.size(0) == result.size(0)
 
 
 def in_chunks(forward: Callable, knows: Callable[[type], bool]) -> Callable:

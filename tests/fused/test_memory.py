@@ -65,6 +65,33 @@ def test_large_batches_are_split_and_answers_stay(small_budget, name):
         assert_close_to(reference64, stock.float()(x), y)
 
 
+class Gated(nn.Module):
+    """Squeeze-and-excite's product with a gate, and a scale that is a view of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.scale = nn.Parameter(torch.randn(16, 1, 1))
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = F.relu(self.conv(x))
+        y = y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid() * self.scale
+        rows = self.inner(y.permute(0, 2, 3, 1)) * self.scale.view(1, 1, 1, 16)
+        return rows.permute(0, 3, 1, 2) * self.scale.view(1, 16, 1, 1)
+
+
+def test_gates_scales_and_rows_of_pixels_do_not_keep_a_batch_whole(small_budget):
+    torch.manual_seed(0)
+    stock, x = Gated().eval(), torch.randn(4, 3, 40, 40)
+    fast = fastnets.optimize(stock)
+    with torch.no_grad():
+        fast(x)
+        sizes, y = batches_seen(fast, x)
+        assert set(sizes) == {1}
+        assert_close_to(stock.double()(x.double()), stock.float()(x), y)
+
+
 def test_dropout_that_is_not_pytorchs_own_does_not_keep_a_batch_whole(small_budget):
     torch.manual_seed(0)
     stock = WithStochasticDepth().eval()
@@ -103,6 +130,7 @@ class Mixing(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3)
         self.how = how
+        self.place = nn.Parameter(torch.arange(16.0).view(16, 1, 1, 1))
         self.inner = Opaque() if how == "opaque module" else nn.Identity()
 
     def forward(self, x):
@@ -117,6 +145,10 @@ class Mixing(nn.Module):
             y = y.reshape(-1, 16, 7, 4) + 1
         if self.how == "transposed batch":
             y = y.transpose(0, 1)
+        if self.how == "samples along the channels":
+            y = y * y.mean((1, 2, 3))[:, None, None]
+        if self.how == "scaled each by its place":
+            y = y * self.place
         if self.how == "rolled batch":
             y = torch.roll(y, 1, 0)
         return self.inner(y)
@@ -135,6 +167,8 @@ class Opaque(nn.Module):
         "batch norm of the batch",
         "flattened batch",
         "transposed batch",
+        "samples along the channels",
+        "scaled each by its place",
         "rolled batch",
         "opaque module",
     ],
