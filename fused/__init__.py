@@ -5,6 +5,7 @@ from fastnets.fused.batch_norm import bn_add_act
 from fastnets.fused.conv import conv_bn_act
 from fastnets.fused.conv_pool import conv_act_pool
 from fastnets.fused.cross_entropy import CrossEntropyLoss, DistillationLoss, distillation_loss
+from fastnets.fused.depthwise_norm import depthwise_layer_norm
 from fastnets.fused.dropout import Dropout, StochasticDepth, stochastic_depth
 from fastnets.fused.excited_conv import squeeze_excite_conv_bn_act
 from fastnets.fused.gated import gated_act
@@ -64,6 +65,7 @@ __all__ = [
     "bn_add_act",
     "conv_act_pool",
     "conv_bn_act",
+    "depthwise_layer_norm",
     "distillation_loss",
     "gated_act",
     "group_norm_act",

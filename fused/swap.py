@@ -42,6 +42,7 @@ from fastnets.fused.chains import Fusion, Left
 from fastnets.fused.concatenation import grow_in_place
 from fastnets.fused.conv_pool import join_pools
 from fastnets.fused.cuda_graphs import forget, replayed
+from fastnets.fused.depthwise_norm import join_depthwise_norms
 from fastnets.fused.excited_conv import join_excited
 from fastnets.fused.fuse import fuse, is_layer
 from fastnets.fused.handing_down import THEN_ADD, finish
@@ -265,6 +266,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             modules = dict(module.named_modules(remove_duplicate=False))
             variant.fusions = join_preactivations(graph, modules, variant.fusions)
             variant.fusions = join_excited(graph, modules, variant.fusions)
+            variant.fusions = join_depthwise_norms(graph, modules, variant.fusions)
             variant.fusions = join_pools(graph, modules, variant.fusions)
             variant.fusions = join_response_norms(graph, modules, variant.fusions)
             variant.fusions = join_linear_chains(graph, modules, variant.fusions)

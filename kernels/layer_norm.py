@@ -55,7 +55,7 @@ def _finish(normalized, weight, bias, after, y, n, inside, after_at, to, mask):
 
 
 @triton.jit
-def _inverse_deviation(squares, N, eps):
+def inverse_deviation(squares, N, eps):
     return tl.div_rn(
         1.0 + tl.zeros_like(squares), tl.sqrt_rn(tl.div_rn(squares, tl.zeros_like(squares) + N) + eps)
     )
@@ -97,7 +97,7 @@ def layer_norm_kernel(
         value = tl.where(mask, value - rest[:, None], 0.0)
         if mean is not None:
             tl.store(mean + read, center + rest, mask=valid)
-    scale = _inverse_deviation(tl.sum(value * value, axis=1), N, eps)
+    scale = inverse_deviation(tl.sum(value * value, axis=1), N, eps)
     if rstd is not None:
         tl.store(rstd + read, scale, mask=valid)
     _finish(value * scale[:, None], weight, bias, after, y, n, inside, after_at, to, mask)
@@ -151,7 +151,7 @@ def wide_layer_norm_kernel(
         sum_of_squares += tl.sum(center * center * counts, axis=1)
         if mean is not None:
             tl.store(mean + row, base + rest)
-    scale = _inverse_deviation(sum_of_squares, N, eps)
+    scale = inverse_deviation(sum_of_squares, N, eps)
     if rstd is not None:
         tl.store(rstd + row, scale)
     for first in range(0, N, BLOCK_N):
