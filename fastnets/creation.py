@@ -30,5 +30,7 @@ def create_model(
     from fastnets.fused.optimize import optimize
     from fastnets.models import create_model as create_stock
 
+    if not isinstance(fused, bool):
+        raise TypeError(f"{name}: fused must be True or False, got {fused!r}")
     model = create_stock(name, num_classes=num_classes, weights=weights, **options)
     return optimize(model, inplace=True) if fused else model

@@ -445,6 +445,7 @@ def _attention(
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, bias, alibi_slopes,
     softcap, cu_seqlens, return_lse, causal_alignment, backend,
 ):  # fmt: skip
+    _check_operands(query, key, value, enable_gqa)
     if is_causal and attn_mask is not None:
         raise RuntimeError("attention: attn_mask cannot be given with is_causal=True; make the mask causal")
     left, right = _bounds(window, is_causal)
@@ -591,6 +592,30 @@ def _with_one_batch(query, key, value):
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     parts = (t.expand(*lead, *t.shape[-3:]) for t in (query, key, value))
     return *(t.flatten(0, -4) if lead else t[None] for t in parts), lead
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """What PyTorch's own attention takes without a word, or refuses in terms of the products inside."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"attention: {name} must be a tensor [..., heads, length, D], got {type(t).__name__}"
+            )
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise ValueError("attention: query, key and value are [..., heads, length, D], got "
+                         f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}")  # fmt: skip
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"attention: key is {tuple(key.shape)}, query {tuple(query.shape)}: their head dims differ"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"attention: value is {tuple(value.shape)}, key {tuple(key.shape)}: give each key a value"
+        )
+    if not enable_gqa and query.dim() > 2 and key.dim() > 2:
+        heads, kept = query.shape[-3], key.shape[-3]
+        if heads != kept and 1 not in (heads, kept):
+            raise ValueError(f"attention: query has {heads} heads, key {kept}; fewer need enable_gqa=True")
 
 
 def _with_four_dims(name: str, t: Tensor, scores: tuple[int, ...]) -> Tensor:

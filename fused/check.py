@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastnets.fused.optimize import restore
+from fastnets.fused.optimize import arguments_of, restore
 
 ALLOWED_RATIO = 2.0  # of stock's own error
 CLEAR_MARGIN = 0.1  # between the two largest of stock's probabilities: top-1 must then be equal
@@ -66,14 +66,16 @@ def check(stock: nn.Module, fast: nn.Module | Callable, example_inputs: object) 
         example_inputs: a tensor, or a tuple of positional arguments. They may hold nests of tensors.
 
     Networks in training mode are copied first, and draw the same random numbers. Outputs may be nests of
-    tuples, lists and dicts. Raises ``TypeError`` where stock is not a module or fast cannot be called; what
-    stock raises passes unchanged.
+    tuples, lists and dicts. Raises ``TypeError`` where stock is not a module, fast cannot be called or there
+    is no input; what stock raises passes unchanged.
     """
     if not isinstance(stock, nn.Module):
         raise TypeError(f"fastnets.check expects stock to be an nn.Module, got {type(stock).__name__}")
     if not callable(fast):
         raise TypeError(f"fastnets.check expects fast to be a module or callable, got {type(fast).__name__}")
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    arguments = arguments_of(example_inputs)
+    if arguments is None:
+        raise TypeError("fastnets.check needs example_inputs: a tensor, or a tuple of positional arguments")
     dtype = _dtype_of(fast) if isinstance(fast, nn.Module) else None
     if dtype is None or dtype == _dtype_of(stock):
         judged = _untouched(stock)

@@ -29,7 +29,7 @@ from fastnets.fused.fuse import is_layer
 from fastnets.fused.known_forwards import fusions_of
 from fastnets.fused.layer_norm import choose as choose_norm
 from fastnets.fused.layout import is_stock
-from fastnets.fused.optimize import restore
+from fastnets.fused.optimize import arguments_of, restore
 from fastnets.fused.patterns import is_batch_norm, norm_kind
 from fastnets.fused.saved import SavedBytes
 from fastnets.fused.swap import Rewritten, blueprint_of, is_sequential, variants_in_force
@@ -156,7 +156,7 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
     was given.
 
     The report is on evaluation mode, but for what a training step keeps for its backward. Raises
-    ``TypeError`` where ``model`` is not a module.
+    ``TypeError`` where ``model`` is not a module, or ``example_inputs`` hold no tensor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastnets.explain expects an nn.Module, got {type(model).__name__}")
@@ -487,8 +487,7 @@ class _Shapes:
             return torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
 
         if example_inputs is not None:
-            arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-            return pytree.tree_map(to_meta, arguments)
+            return pytree.tree_map(to_meta, arguments_of(example_inputs))
         recorded = model._fastnets.recipe.example if isinstance(model, Rewritten) else None
         if recorded is None:
             return None

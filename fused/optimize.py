@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,6 +98,10 @@ def optimize(
             raises for ``example_inputs``.
     """
     _validate(model, mode, dtype, backend, select, filter_fn, save)
+    for name, flag in (("inplace", inplace), ("strict", strict), ("cuda_graphs", cuda_graphs)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    arguments_of(example_inputs)
     if dispatch.DISABLED:
         stock = restore(model if inplace else copy.deepcopy(model))
         return stock if dtype is None else stock.to(dtype=dtype)
@@ -165,7 +170,7 @@ def _optimize_by_measurement(model, example_inputs, rewritten, dtype, inplace) -
             stock.to(dtype=dtype)
         if any(isinstance(m, Rewritten) for m in stock.modules()):
             stock = restore(copy.deepcopy(stock))
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    arguments = arguments_of(example_inputs)
     if dtype is not None:
         arguments = pytree.tree_map(
             lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, arguments
@@ -196,11 +201,11 @@ def restore(model: nn.Module) -> nn.Module:
 
 def _validate(model, mode, dtype, backend, select, filter_fn, save) -> None:
     if not isinstance(model, nn.Module):
-        what = (
-            f"the class {model.__name__}; pass an instance of it"
-            if isinstance(model, type)
-            else (f"{type(model).__name__}")
-        )
+        what = type(model).__name__
+        if isinstance(model, type):
+            what = f"the class {model.__name__}; pass an instance of it"
+        elif isinstance(model, str):
+            what = f"the str {model!r}; fastnets.create_model({model!r}) builds a network by its name"
         raise TypeError(f"fastnets.optimize expects an nn.Module, got {what}")
     dispatch.validate_backend(backend)
     _one_of("mode", mode, MODES)
@@ -208,10 +213,35 @@ def _validate(model, mode, dtype, backend, select, filter_fn, save) -> None:
     _one_of("save", save, SAVES)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
-    if filter_fn is not None and not callable(filter_fn):
+    if filter_fn is not None and not _takes_two(filter_fn):
+        what = "one that does not take two arguments" if callable(filter_fn) else type(filter_fn).__name__
+        raise TypeError(f"filter_fn must be callable as filter_fn(module, name), got {what}")
+
+
+def _takes_two(function: object) -> bool:
+    try:
+        inspect.signature(function).bind(None, "")
+    except ValueError:  # it has no signature that can be read
+        return True
+    except TypeError:
+        return False
+    return True
+
+
+def arguments_of(example_inputs: object) -> tuple | None:
+    """``example_inputs`` as a tuple of positional arguments; None where none are given.
+
+    Raises ``TypeError`` where they are sizes or text: a shape in a tensor's place is a common slip.
+    """
+    if example_inputs is None:
+        return None
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not arguments or all(isinstance(x, (int, float, str)) for x in pytree.tree_leaves(arguments)):
         raise TypeError(
-            f"filter_fn must be callable as filter_fn(module, name), got {type(filter_fn).__name__}"
+            f"example_inputs={example_inputs!r} holds no tensor: give one, such as torch.randn(1, 3, 64, 64),"
+            " or a tuple of the arguments that the network is called with"
         )
+    return arguments
 
 
 def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -223,9 +253,9 @@ def _one_of(argument: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def _shapes_of(example_inputs: object) -> object:
     """``example_inputs`` as (arguments, spec) with every tensor replaced by its shape and dtype."""
-    if example_inputs is None:
+    arguments = arguments_of(example_inputs)
+    if arguments is None:
         return None
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     leaves, spec = pytree.tree_flatten(arguments)
     return tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in leaves), spec
 

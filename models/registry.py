@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
+import re
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -53,6 +56,8 @@ def register_model(
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that match a shell-style pattern (``"resnet*"``), sorted, digits as numbers."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"list_models: pattern must be a str such as 'resnet*', got {pattern!r}")
     return sorted(fnmatch.filter(_MODELS, pattern), key=_natural_order)
 
 
@@ -72,12 +77,20 @@ def create_model(
     Raises ``ValueError`` for an unknown name, naming the near ones; ``CheckpointError`` (a ``ValueError``)
     for weights that do not fit; ``TypeError`` for an option that the architecture does not have.
     """
-    build = _entry(name).build
+    entry = _entry(name)
     if num_classes is not None:
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"{name}: num_classes must be a positive int, got {num_classes!r}")
         options["num_classes"] = num_classes
-    model = build(**options)
+    try:
+        model = entry.build(**options)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+        raise TypeError(
+            f"{name} has no option {unknown[1]!r}{_options_of(entry.build, unknown[1])}"
+        ) from None
     if weights is not None:
         load_weights(model, weights, name=name)
     return model
@@ -109,6 +122,17 @@ def _entry(name: str) -> _Entry:
     near = difflib.get_close_matches(str(name), _MODELS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ValueError(f"no model is named {name!r}: {hint}fastnets.list_models() names all {len(_MODELS)}")
+
+
+def _options_of(build: Callable[..., nn.Module], unknown: str) -> str:
+    """What to give in place of an unknown option, as far as the network's class tells."""
+    if unknown == "pretrained":
+        return ": give weights=, a checkpoint's path or a state dict"
+    own = inspect.signature(typing.get_type_hints(build)["return"]).parameters.values()
+    known = [p.name for p in own if p.kind is p.KEYWORD_ONLY]
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return hint + (f" (it has: {', '.join(known)})" if known else "")
 
 
 def _natural_order(name: str) -> list[tuple[int, int, str]]:

@@ -167,3 +167,57 @@ def test_refresh_makes_silent_writes_visible(stock, x):
         torch.testing.assert_close(fused(x), stock(x), rtol=1e-3, atol=1e-4)
     with pytest.raises(TypeError, match=r"nn\.Module"):
         fastnets.refresh("model")
+
+
+SLIPS = {
+    "inplace must be True or False, got 'yes'": lambda m, x: fastnets.optimize(m, inplace="yes"),
+    "strict must be True or False, got 1": lambda m, x: fastnets.optimize(m, strict=1),
+    "cuda_graphs must be True or False, got None": lambda m, x: fastnets.optimize(m, cuda_graphs=None),
+    "filter_fn.*module, name.*not take two": lambda m, x: fastnets.optimize(m, filter_fn=lambda m: True),
+    "filter_fn.*module, name.*got str": lambda m, x: fastnets.optimize(m, filter_fn="conv1"),
+    r"create_model\('resnet50'\) builds": lambda m, x: fastnets.optimize("resnet50"),
+    r"example_inputs=\(1, 3, 40, 40\) holds no tensor: .*randn": (
+        lambda m, x: fastnets.optimize(m, (1, 3, 40, 40))
+    ),
+    r"example_inputs=\(2, 3, 40, 40\) holds no tensor": lambda m, x: fastnets.explain(m, tuple(x.shape)),
+    "example_inputs='x' holds no tensor": lambda m, x: fastnets.check(m, m, "x"),
+    r"example_inputs=\(\) holds no tensor": lambda m, x: fastnets.check(m, m, ()),
+    "check needs example_inputs": lambda m, x: fastnets.check(m, m, None),
+    "lenet5: fused must be True or False, got 'no'": lambda m, x: fastnets.create_model("lenet5", fused="no"),
+    "lenet5 has no option 'pretrained': give weights=": (
+        lambda m, x: fastnets.create_model("lenet5", pretrained=True)
+    ),
+    "has no option 'in_chans'; did you mean 'in_channels'": (
+        lambda m, x: fastnets.create_model("resnet18", in_chans=1)
+    ),
+    r"transformer has no option 'num_classes' \(it has: vocabulary": (
+        lambda m, x: fastnets.create_model("transformer", num_classes=3)
+    ),
+    r"pattern must be a str such as 'resnet\*', got 3": lambda m, x: fastnets.list_models(3),
+    "value must be a tensor.*got NoneType": lambda m, x: fastnets.attention(x, x, None),
+    "query must be a tensor.*got list": lambda m, x: fastnets.attention([1.0], x, x),
+}
+
+
+@pytest.mark.parametrize("message", SLIPS)
+def test_a_wrong_argument_is_named_with_its_remedy(stock, x, message):
+    before = snapshot(stock)
+    with pytest.raises(TypeError, match=message):
+        SLIPS[message](stock, x)
+    assert_untouched(stock, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_attention_names_sizes_that_do_not_go_together(backend):
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 4, 6, 16)
+    for wrong, message in (
+        ((q, k[..., :8], k), "key is .*8.*: their head dims differ"),
+        (
+            (q, k, k[..., :5, :]),
+            "value is .*5, 16.*: give each key a value",
+        ),  # PyTorch reads what lies behind, on the CPU
+        ((q, k[:, :2], k[:, :2]), "query has 4 heads, key 2; fewer need enable_gqa=True"),
+        ((q[0, 0, 0], k, k), r"\[..., heads, length, D\], got \(16,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastnets.attention(*wrong, backend=backend)
