@@ -99,12 +99,20 @@ def measure_network(name: str, rounds: int = 20) -> tuple[list[float], int]:
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     network = load(name)
     stock = network.model.to(device, dtype, memory_format=torch.channels_last).eval()
-    if len(network.input_shape) == 3:
-        size = min(64, network.input_shape[1])
+
+    def image(size: int) -> tuple[torch.Tensor]:
         x = torch.randn(2, network.input_shape[0], size, size, device=device, dtype=dtype)
-        inputs = (x.contiguous(memory_format=torch.channels_last),)
-    else:
+        return (x.contiguous(memory_format=torch.channels_last),)
+
+    if len(network.input_shape) != 3:
         inputs = arguments(network.inputs(2, dtype=dtype, device=device))
+    else:
+        inputs = image(min(64, network.input_shape[1]))
+        try:
+            with torch.no_grad():
+                stock(*inputs)
+        except (RuntimeError, ValueError):  # it takes images of one size
+            inputs = image(network.input_shape[1])
     fast = optimize(stock, inplace=True, backend="triton")
     launches = []
     with contextlib.ExitStack() as stack:

@@ -437,8 +437,8 @@ def call_layer_norm(norm: nn.Module, x: Tensor, residual: Tensor | None = None, 
     The module itself runs where a hook would be skipped, and for tensors that are not plain.
     """
     stock = norm.__class__ not in LAYER_NORMS or has_hooks(norm) or _has_any_global_hook()
-    inference = not stock and x.__class__ is Tensor and is_inference()
-    if inference:
+    plain = not stock and x.__class__ is Tensor
+    if plain and is_inference() and (_memory or not dispatch.leaves_to_stock(x, backend)):
         parameters, eps = norm._parameters, norm.eps
         tensors = (x, residual, parameters.get("weight"), parameters.get("bias"))
         options = (norm.__class__, norm.normalized_shape, eps, backend)
@@ -446,7 +446,10 @@ def call_layer_norm(norm: nn.Module, x: Tensor, residual: Tensor | None = None, 
         if remembered is not None and remembered.serves(tensors, options):
             return remembered.call(tensors)
         if not watched(x) and not _stock_serves(x, backend):
-            _remember(tensors, options, id(norm))
+            call = _recorded(tensors, *options)
+            if call is not None:
+                _memory.keep((id(norm), x.shape), call, tensors, options)
+                return call(tensors)
     if stock or not isinstance(x, Tensor):
         if residual is None:
             return norm(x)
@@ -464,19 +467,20 @@ def call_layer_norm(norm: nn.Module, x: Tensor, residual: Tensor | None = None, 
 _memory = dispatch.Memory()
 
 
-def _remember(tensors: tuple, options: tuple, layer: int) -> None:
+def _recorded(tensors: tuple, cls: type, row: tuple, eps: float | None, backend: str):
+    """What repeats a call of a norm of this class; None where nothing does."""
     x, residual = tensors[:2]
-    cls, row, eps, backend = options
+    if x.shape[-len(row) :] != row:  # which is an error
+        return None
     if residual is None:
         body = _infer_body
     elif residual.__class__ is Tensor and residual.shape == x.shape:
         body = _add_infer_body
     else:
-        return
+        return None
     if cls is nn.RMSNorm:
         eps = _rms_eps(eps, *[t for t in (x, residual) if t is not None])
-    call = body.recorded(*tensors, len(row), eps, cls is nn.LayerNorm, None, backend)
-    _memory.keep((layer, x.shape), call, tensors, options)
+    return body.recorded(*tensors, len(row), eps, cls is nn.LayerNorm, None, backend)
 
 
 # --- modules ------------------------------------------------------------------------------------------------

@@ -523,7 +523,7 @@ def call_linear_act(
     ``layer_scale`` is a tensor [N], or a module that multiplies by its ``gamma`` (timm's ``LayerScale``).
     """
     inference = is_inference() and x.__class__ is Tensor
-    if inference:
+    if inference and _memory:
         parameters = linear._parameters
         weight = parameters.get("weight")
         remembered = _memory.get((id(weight), x.shape))
@@ -547,7 +547,10 @@ def call_linear_act(
     tensors = (x, parameters["weight"], parameters["bias"], scale, residual)
     options = (activation, negative_slope, backend)
     if inference and not watched(x):
-        _memory.keep((id(tensors[1]), x.shape), _body.recorded(*tensors, *options), tensors, options)
+        call = _body.recorded(*tensors, *options)
+        if call is not None:
+            _memory.keep((id(tensors[1]), x.shape), call, tensors, options)
+            return call(tensors)
     op = _differentiable if torch.is_grad_enabled() else _infer
     return op(*tensors, *options)
 
