@@ -387,8 +387,13 @@ def _call(func, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return result
 
 
+# Products with the vendor's epilogue, which have no formula of PyTorch's: those without.
+_FLOPS_OF = {torch.ops.aten._addmm_activation: torch.ops.aten.addmm}
+
+
 def _flops(func, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
-    formula = flop_registry.get(func._overloadpacket)
+    packet = func._overloadpacket
+    formula = flop_registry.get(_FLOPS_OF.get(packet, packet))
     if formula is not None:
         return formula(*args, **kwargs, out_val=result)
     fused = _FUSED_CONVOLUTIONS.get(func._schema.name)

@@ -255,7 +255,8 @@ def excite(
     )
     launch(
         excite_kernel, grid, x, y, mean, w1, b1, w2, b2, kept, *integers, config=config,
-        reads=(x, mean, w1, b1, w2, b2), writes=(y, kept), ACTIVATION=activation, GATE=gate, **constexprs,
+        reads=(x, mean, w1, b1, w2, b2), writes=(y, kept), flops=4 * N * C * S,
+        ACTIVATION=activation, GATE=gate, **constexprs,
     )  # fmt: skip
     return y, kept
 
@@ -287,7 +288,8 @@ def gates(
     )  # fmt: skip
     launch(
         excite_kernel, grid, None, None, mean, w1, b1, w2, b2, y, *integers, config=config,
-        reads=(mean, w1, b1, w2, b2), writes=(y,), ACTIVATION=activation, GATE=gate, **constexprs,
+        reads=(mean, w1, b1, w2, b2), writes=(y,), flops=4 * N * C * S,
+        ACTIVATION=activation, GATE=gate, **constexprs,
     )  # fmt: skip
     return y
 

@@ -481,7 +481,15 @@ EAGER = {
     "resnext50_32x4d": (174, 383.79),
     "mobilenet_v2": (151, 151.55),
 }
-LAUNCHES = {**{name: launches for name, (launches, _) in EAGER.items()}, "densenet121": 426}
+LAUNCHES = {
+    **{name: launches for name, (launches, _) in EAGER.items()},
+    "alexnet_2012": 32,
+    "vgg16_bn": 50,
+    "densenet121": 426,
+    "efficientnet_b0": 238,
+    "googlenet_2014": 152,
+    "convnext_tiny": 137,
+}
 
 
 class TestNetworks:
@@ -523,26 +531,44 @@ class TestNetworks:
     @pytest.mark.parametrize(
         "name, backend, share, launches",
         [
-            ("resnet50", "triton", 0.37, 57),
-            ("mobilenet_v2", "triton", 0.37, 55),
-            ("densenet121", "triton", 0.27, 225),
-            ("resnet50", "auto", 0.42, 73),
-            ("mobilenet_v2", "auto", 0.42, 60),
+            ("alexnet_2012", "triton", 0.286, 13),
+            ("vgg16_bn", "triton", 0.379, 24),
+            ("resnet50", "triton", 0.357, 57),
+            ("densenet121", "triton", 0.260, 222),
+            ("mobilenet_v2", "triton", 0.349, 55),
+            ("efficientnet_b0", "triton", 0.353, 87),
+            ("googlenet_2014", "triton", 0.419, 89),
+            ("convnext_tiny", "triton", 0.515, 66),
+            ("resnet50", "auto", 0.390, 72),
+            ("mobilenet_v2", "auto", 0.349, 54),
+            *(
+                pytest.param(*row, marks=pytest.mark.slow)
+                for row in (
+                    ("alexnet_2012", "auto", 0.295, 13),
+                    ("vgg16_bn", "auto", 0.604, 35),
+                    ("densenet121", "auto", 0.259, 205),
+                    ("efficientnet_b0", "auto", 0.353, 86),
+                    ("googlenet_2014", "auto", 0.488, 105),
+                    ("convnext_tiny", "auto", 0.862, 101),
+                )
+            ),
         ],
     )
     def test_fused_shares(self, name, backend, share, launches):
+        """What ``python -m fastnets.bench.traffic NAME -b 32 --gpu a100`` counts, as bounds."""
         from fastnets.fused.optimize import optimize
         from fastnets.kernels.device import assume_device
 
-        stock = on_meta(name)
+        stock, size = on_meta(name), 227 if name == "alexnet_2012" else 224
         with dispatch.assume_device_type("cuda"), assume_device("a100"), dispatch.backend(backend):
-            found = compare(stock, optimize(stock), images(32, 3, 224, 224))
+            found = compare(stock, optimize(stock), images(32, 3, size, size))
         assert found.stock.launches == LAUNCHES[name]
         assert found.fast.launches <= launches
         assert found.ratio <= share
         assert found.fast.flops == found.stock.flops
-        for layer, before, after in found.rows(depth=0):
-            assert after.flops == before.flops, layer  # each convolution's work stays with its name
+        if name != "efficientnet_b0":  # whose gates are made by the convolution behind them
+            for layer, before, after in found.rows(depth=0):
+                assert after.flops == before.flops, layer  # each convolution's work stays with its name
 
     def test_backward_of_every_layer_is_found(self):
         torchvision = pytest.importorskip("torchvision", reason="its ViT reshapes a lot")
