@@ -28,7 +28,7 @@ from fastnets.fused.conv import (
     validate_convolution,
     weights_of,
 )
-from fastnets.fused.onednn import channels_last
+from fastnets.fused.onednn import activate_in_place, channels_last
 from fastnets.fused.pool import call_pool2d
 
 _SCHEMA = (
@@ -36,6 +36,7 @@ _SCHEMA = (
     "Tensor? bn_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, float eps, str activation, "
     "float negative_slope, bool maximum, SymInt[2] window, str backend) -> Tensor"
 )
+_SMALL_ON_CPU = 1 << 22  # multiply-adds, about: below, stock's calls are done before oneDNN's is ready
 MOST_CHANNELS, MOST_OUTPUTS, MOST_ELEMENTS = 31, 64, 4  # as kernels.conv_pool
 
 
@@ -202,9 +203,14 @@ def call_conv_act_pool(
     pool_backend: str,
     backend: str,
 ) -> Tensor:
-    """``pool(act(bn(conv(x))))``: in one launch where our kernel serves it in inference, else by
-    ``call_conv_bn_act`` and ``call_pool2d``, whose remarks hold."""
-    if _in_one_launch(pool, conv, bn, act, x, backend):
+    """``pool(act(bn(conv(x))))``: in one launch where our kernel serves it in inference, by PyTorch's
+    functions where the CPU has little to compute and nothing to fold, else by ``call_conv_bn_act`` and
+    ``call_pool2d``, whose remarks hold."""
+    served = _served_as_one(pool, conv, bn, act, x, backend)
+    if served == "stock":
+        y = conv._conv_forward(x, _in_stock_layout(conv._parameters["weight"]), conv._parameters["bias"])
+        return pool.forward(y if activation == "none" else activate_in_place(y, activation, negative_slope))
+    if served == "triton":
         arguments = (
             x, *weights_of(conv, bn), conv.stride, conv.padding, conv.dilation, 0.0 if bn is None else bn.eps,
             activation, negative_slope, type(pool) is nn.MaxPool2d, _window(pool), backend,
@@ -214,24 +220,50 @@ def call_conv_act_pool(
     return call_pool2d(pool, y, pool_backend)
 
 
-def _in_one_launch(pool, conv, bn, act, x, backend) -> bool:
+def _served_as_one(pool, conv, bn, act, x, backend) -> str:
+    """What runs all of it: "triton", "stock" for PyTorch's functions, or "" where each part decides."""
     if torch.is_grad_enabled() or conv.training or not isinstance(x, Tensor) or x.dim() != 4:
-        return False
-    wanted = dispatch.requested(backend)
-    if wanted != "triton" and not (wanted == "auto" and dispatch.device_type_of(x) == "cuda"):
-        return False
+        return ""
+    wanted, device = dispatch.requested(backend), dispatch.device_type_of(x)
+    if wanted == "auto" and device == "cpu":
+        return "stock" if bn is None and _is_small_on_cpu(pool, conv, act, x, backend) else ""
+    if wanted != "triton" and not (wanted == "auto" and device == "cuda"):
+        return ""
     if x.dtype not in dispatch.OUR_DTYPES or 0 in x.shape:
-        return False
+        return ""
     if bn is not None and (bn.training or bn._buffers.get("running_mean") is None):
-        return False
+        return ""
     if not serves(conv, pool) or has_hooks(pool):
-        return False
+        return ""
     if must_run_stock(conv, bn, act, x, conv._parameters.get("weight"), None):
-        return False
+        return ""
     # Stock's errors for images that are too small.
     sizes = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, _window(pool))
-    return all(
+    fits = all(
         (e + 2 * p - d * (k - 1) - 1) // s + 1 >= w and e + 2 * p > d * (k - 1) for e, p, d, k, s, w in sizes
+    )
+    return "triton" if fits else ""
+
+
+def _in_stock_layout(weight: Tensor) -> Tensor:
+    """A small filter by whose strides, also those of sizes of one, the convolution keeps stock's layout: few
+    channels are pooled sooner in it."""
+    _, C, R, S = weight.shape
+    return weight.contiguous().as_strided(weight.shape, (C * R * S, R * S, S, 1))
+
+
+def _is_small_on_cpu(pool, conv, act, x: Tensor, backend: str) -> bool:
+    """Whether stock's own functions, without what nn.Module adds, are stock's answer and the soonest."""
+    weight = conv._parameters.get("weight")
+    if weight is None or backend == dispatch.UNFOLDED or x.__class__ is not Tensor:
+        return False
+    N, _, H, W = x.shape
+    return (
+        N * H * W * weight.numel() < _SMALL_ON_CPU
+        and type(pool) in (nn.MaxPool2d, nn.AvgPool2d)
+        and not has_hooks(pool)
+        and not watched(x)
+        and not must_run_stock(conv, None, act, x, weight, None)
     )
 
 

@@ -501,7 +501,7 @@ def linear_act(
 # --- what rewritten networks call ---------------------------------------------------------------------------
 
 _PLAIN_WEIGHTS = (nn.Parameter, Tensor)
-_SMALL_ON_CPU = 1 << 19  # multiply-adds: below, stock is done before a choice is made
+SMALL_ON_CPU = 1 << 19  # multiply-adds: below, stock is done before a choice is made
 
 
 def call_linear_act(
@@ -595,7 +595,7 @@ def _stock_is_sooner(x: Tensor, weight: Tensor, backend: str) -> bool:
     if torch.compiler.is_compiling():
         return False
     return (
-        torch.is_grad_enabled() or backend == dispatch.UNFOLDED or x.numel() * weight.shape[0] < _SMALL_ON_CPU
+        torch.is_grad_enabled() or backend == dispatch.UNFOLDED or x.numel() * weight.shape[0] < SMALL_ON_CPU
     )
 
 

@@ -128,9 +128,12 @@ def in_chunks(forward: Callable, knows: Callable[[type], bool]) -> Callable:
         if kwargs or len(args) != 1 or not _may_split(self, args[0]):
             return forward(self, *args, **kwargs)
         (x,) = args
+        sizes = per_chunk.setdefault(self, {})
+        last = sizes.get((x.shape[1:], x.dtype), 0)
+        if last and last * len(x) <= _MAPPED:  # fits, and which modules there are need not be asked
+            return forward(self, x)
         modules = list(self.modules())
         key = (x.shape[1:], x.dtype, *map(type, modules))
-        sizes = per_chunk.setdefault(self, {})
         size = sizes.get(key)
         if size is None:
             if not all(map(knows, key[2:])) or any(m.training for m in modules):
@@ -138,7 +141,7 @@ def in_chunks(forward: Callable, knows: Callable[[type], bool]) -> Callable:
             with _Witness(len(x)) as witness:
                 y = forward(self, x)
             samplewise = witness.samplewise and isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x)
-            sizes[key] = witness.bytes_per_sample if samplewise else 0
+            sizes[key] = sizes[key[:2]] = witness.bytes_per_sample if samplewise else 0
             return y
         total = size * len(x)
         if total <= _MAPPED or any(m.training or has_hooks(m) for m in modules[1:]):
@@ -150,7 +153,8 @@ def in_chunks(forward: Callable, knows: Callable[[type], bool]) -> Callable:
 
 
 def _may_split(module: nn.Module, x: object) -> bool:
-    return is_unobserved_inference(x) and x.dim() == 4 and len(x) > 1 and not module.training
+    batch = type(x) is Tensor and x.dim() == 4 and x.size(0) > 1
+    return batch and not module.training and is_unobserved_inference(x)
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h

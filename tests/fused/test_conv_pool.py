@@ -132,3 +132,35 @@ def test_reports_cpu_hooks_and_training():
 def test_other_layers_stay_apart(conv, pool):
     fast = fastnets.optimize(settled(nn.Sequential(conv, nn.ReLU(), pool)))
     assert "call_conv_act_pool" not in graphs(fast)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "lenet5_relu"])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_small_networks_on_the_cpu_are_stocks_functions(name, batch):
+    stock = create_model(name).eval()
+    fast, x = fastnets.optimize(stock), images(batch, 1, 28, 28)
+    assert_same_answers(stock, fast, x)
+    assert_same_answers(stock, fast, x.to(memory_format=torch.channels_last))
+    with torch.no_grad():
+        kept = x.clone()
+        fast(x)
+        assert torch.equal(x, kept)
+        for model in (stock, fast):
+            model.conv1.weight.data.mul_(3)
+            model.pool1.ceil_mode = True
+            model.conv2.padding = (1, 1)
+            model.fc1 = torch.nn.Linear(576, 120)
+        fast.fc1.load_state_dict(stock.fc1.state_dict())
+    assert_same_answers(stock, fast, x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert fast(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layer", ["conv1", "act1", "pool2", "flatten", "fc2", "act4"])
+def test_hooks_inside_small_networks_fire(layer):
+    fast = fastnets.optimize(create_model("lenet5").eval())
+    seen = []
+    fast.get_submodule(layer).register_forward_hook(lambda *a: seen.append(a[0]))
+    with torch.no_grad():
+        fast(images(2, 1, 28, 28))
+    assert seen == [fast.get_submodule(layer)]
