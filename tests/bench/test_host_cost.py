@@ -14,10 +14,12 @@ COMPILES = pytest.mark.skipif(
 
 
 @COMPILES
-def test_a_fused_call_costs_less_than_a_tenth_of_a_millisecond():
-    samples = measure_cuda_path(rounds=3).samples
-    assert {min(s.cpu) < 1e-4 for s in samples.values()} == {True}
-    assert len(samples) == 8
+def test_a_call_that_launches_costs_less_than_a_tenth_of_a_millisecond():
+    """Or little more than stock's convolution, which takes 60 µs of a quiet core and more of a busy one."""
+    least = {name: min(s.cpu) for name, s in measure_cuda_path(rounds=5).samples.items()}
+    stock = least.pop("stock convolution")
+    assert len(least) == 7
+    assert {name: cost for name, cost in least.items() if cost > max(1e-4, 1.5 * stock)} == {}
 
 
 @COMPILES
