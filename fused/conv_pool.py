@@ -36,7 +36,7 @@ _SCHEMA = (
     "Tensor? bn_bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, float eps, str activation, "
     "float negative_slope, bool maximum, SymInt[2] window, str backend) -> Tensor"
 )
-_SMALL_ON_CPU = 1 << 22  # multiply-adds, about: below, stock's calls are done before oneDNN's is ready
+_SMALL_ON_CPU = 1 << 19  # multiply-adds, about: below, stock's calls are done before oneDNN's is ready
 MOST_CHANNELS, MOST_OUTPUTS, MOST_ELEMENTS = 31, 64, 4  # as kernels.conv_pool
 
 
