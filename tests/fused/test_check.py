@@ -144,3 +144,15 @@ def test_bad_arguments_and_stocks_own_errors(stock):
     with pytest.raises(RuntimeError) as own:
         stock(images(1, 5, 12, 12))
     assert str(ours.value) == str(own.value)
+
+
+def test_a_float64_network_is_allowed_its_roundings():
+    """Stock in float64 is the reference itself: its error is nought, and nothing could be within twice that."""
+    stock = settled(Classifier()).double()
+    report = fastnets.check(stock, fastnets.optimize(stock), images(2, 3, 12, 12).double())
+    assert report.ok, str(report)
+    assert report.stock_error == 0
+    wrong = copy.deepcopy(stock)
+    with torch.no_grad():
+        wrong.fc.bias += 1e-12
+    assert not fastnets.check(stock, wrong, images(2, 3, 12, 12)).ok
