@@ -147,7 +147,7 @@ def test_bad_arguments_and_stocks_own_errors(stock):
 
 
 def test_a_float64_network_is_allowed_its_roundings():
-    """Stock in float64 is the reference itself: its error is nought, and nothing could be within twice that."""
+    """Stock in float64 is the reference itself: nothing could be within twice an error of nought."""
     stock = settled(Classifier()).double()
     report = fastnets.check(stock, fastnets.optimize(stock), images(2, 3, 12, 12).double())
     assert report.ok, str(report)
