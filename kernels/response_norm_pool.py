@@ -5,7 +5,7 @@
 x [N, C, H, W], c' as in ``response_norm``. A program owns BLOCK_M columns of y times BLOCK_K channels; a
 column is BLOCK_P pixels of one q, one below the other. For each column s of the windows it walks down the
 input rows, normalises each once and lets it take part in every window that has it: with windows of 3 and
-steps of 2 (AlexNet, GoogLeNet) under seven norms for each result, where windows that know nothing of one
+steps of 2 (AlexNet, GoogLeNet) seven and a half norms for each result, where windows that know nothing of one
 another take nine. z is never stored. Inference only: there is no backward of this.
 """
 
@@ -26,6 +26,8 @@ from fastnets.kernels.response_norm import BETAS, inverse_power
 __all__ = ["configs", "local_response_norm_max_pool", "representative_calls", "why_not_pooled"]
 
 MOST_ELEMENTS = 9  # of a window
+_TILE = 512  # results of one row of a program: four a thread, more run out of registers
+_TALLEST = 2
 
 
 @triton.jit
@@ -75,11 +77,11 @@ def response_norm_pool_kernel(
                 inside = inside_w & (h >= 0) & (h < H)
                 pixels = tl.where(inside, n * x_n + h * x_h + w * x_w, 0)
                 own = _rectified_channel(x, pixels, inside, c, C, x_c, RELU)
-                total = own * own
-                for i in tl.static_range(SIZE):
-                    if i != SIZE // 2:
-                        of = _rectified_channel(x, pixels, inside, c + (i - SIZE // 2), C, x_c, RELU)
-                        total += of * of
+                total = tl.zeros_like(own)
+                # Not unrolled: all rows' channels at a time are more than there are registers for.
+                for i in range(SIZE):
+                    of = _rectified_channel(x, pixels, inside, c + (i - SIZE // 2), C, x_c, RELU)
+                    total += of * of
                 value = own * inverse_power(k + alpha * total, beta, BETA)
                 value = tl.where(inside[:, None], value, float("-inf"))
                 rest = ()
@@ -98,8 +100,9 @@ def response_norm_pool_kernel(
 
 
 def configs(device: Device) -> list[Config]:
-    """Every config that may be picked on ``device``: those of depthwise convolutions, which walk alike."""
-    return block_configs()
+    """Every config that may be picked on ``device``: those of depthwise convolutions, which walk alike, but
+    for the tall columns, whose roots and quotients have no registers."""
+    return [config for config in block_configs(_TILE) if config.BLOCK_P <= _TALLEST]
 
 
 def why_not_pooled(windows: Windows) -> str | None:
@@ -117,8 +120,9 @@ def _plan(shape, strides, windows: Windows, config: Config | None, multiprocesso
     N, C = shape[:2]
     P, Q = windows.P, windows.Q
     if config is None:
-        config = pick_config(N, C, P, Q, True, multiprocessors)
-    elif config not in block_configs():
+        config = pick_config(N, C, P, Q, True, multiprocessors, _TILE)
+        config = config.replace(BLOCK_P=min(config.BLOCK_P, _TALLEST))
+    elif config not in configs(None):
         raise UnsupportedConfig(f"{config} is for another kernel")
     p_tiles = tiles(P, config.BLOCK_P)
     columns = N * p_tiles * Q
@@ -132,7 +136,9 @@ def _plan(shape, strides, windows: Windows, config: Config | None, multiprocesso
         "WIDE": 2 * extent >= 2**31,
     }  # fmt: skip
     integers = (columns, C, windows.H, windows.W, P, Q, p_tiles, n, c, h, w)
-    return (tiles(columns, config.BLOCK_M) * tiles(C, config.BLOCK_K),), config, integers, constexprs
+    grid = (tiles(columns, config.BLOCK_M) * tiles(C, config.BLOCK_K),)
+    # Left to itself, ptxas spills to fit one more block.
+    return grid, config.replace(maxnreg=255), integers, constexprs
 
 
 def local_response_norm_max_pool(

@@ -61,7 +61,7 @@ def test_exponents(lane, beta, size):
 
 
 @pytest.mark.lanes("interpreter", "gpu")
-@pytest.mark.parametrize("block_p", [1, 2, 4])
+@pytest.mark.parametrize("block_p", [1, 2])
 def test_every_height_of_columns(lane, block_p):
     config = next(c for c in configs(None) if c.BLOCK_P == block_p and c.BLOCK_K == 16)
     x = torch.randn(2, 20, 11, 6).to(memory_format=torch.channels_last)
