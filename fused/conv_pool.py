@@ -28,6 +28,7 @@ from fastnets.fused.conv import (
     validate_convolution,
     weights_of,
 )
+from fastnets.fused.conv import implementation_of as conv_implementation_of
 from fastnets.fused.onednn import activate_in_place, channels_last
 from fastnets.fused.pool import call_pool2d
 
@@ -207,7 +208,7 @@ def call_conv_act_pool(
     functions where the CPU has little to compute and nothing to fold, else by ``call_conv_bn_act`` and
     ``call_pool2d``, whose remarks hold."""
     served = _served_as_one(pool, conv, bn, act, x, backend)
-    if served == "stock":
+    if served == "stock" and not watched(x):
         y = conv._conv_forward(x, _in_stock_layout(conv._parameters["weight"]), conv._parameters["bias"])
         return pool.forward(y if activation == "none" else activate_in_place(y, activation, negative_slope))
     if served == "triton":
@@ -218,6 +219,13 @@ def call_conv_act_pool(
         return (_infer if watched(x) else _body)(*arguments)
     y = call_conv_bn_act(conv, bn, act, x, None, activation, negative_slope, backend)
     return call_pool2d(pool, y, pool_backend)
+
+
+def implementation_of(pool, conv, bn, act, activation: str, x: Tensor, backend: str = "auto") -> str:
+    """The implementation that ``call_conv_act_pool`` would run for an input like ``x``, the convolution's
+    where each part decides; "stock" if none."""
+    served = _served_as_one(pool, conv, bn, act, x, backend)
+    return served or conv_implementation_of(conv, bn, act, activation, x, backend)
 
 
 def _served_as_one(pool, conv, bn, act, x, backend) -> str:
@@ -262,7 +270,6 @@ def _is_small_on_cpu(pool, conv, act, x: Tensor, backend: str) -> bool:
         N * H * W * weight.numel() < _SMALL_ON_CPU
         and type(pool) in (nn.MaxPool2d, nn.AvgPool2d)
         and not has_hooks(pool)
-        and not watched(x)
         and not must_run_stock(conv, None, act, x, weight, None)
     )
 

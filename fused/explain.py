@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fastnets.fused import (
     batch_norm,
     conv,
+    conv_pool,
     cuda_graphs,
     dispatch,
     group_norm,
@@ -29,6 +30,7 @@ from fastnets.fused.fuse import is_layer
 from fastnets.fused.known_forwards import fusions_of
 from fastnets.fused.layer_norm import choose as choose_norm
 from fastnets.fused.layout import is_stock
+from fastnets.fused.linear_chain import implementation_of as implementation_of_chain
 from fastnets.fused.optimize import arguments_of, restore
 from fastnets.fused.patterns import is_batch_norm, norm_kind
 from fastnets.fused.saved import SavedBytes
@@ -333,15 +335,21 @@ class _Rows:
         head = next(iter(layers.values()), module)
         x = self.shapes.example_for(path, head)
         if fusion.family == "conv":
-            layers = (layers["conv"], layers.get("bn"), layers.get("act"))
-            adds = "add" in fusion.kind.split("+")
-            return conv.implementation_of(*layers, fusion.activation, x, backend, adds)
+            convolution = (layers["conv"], layers.get("bn"), layers.get("act"), fusion.activation, x, backend)
+            if "pool" in layers:
+                return conv_pool.implementation_of(layers["pool"], *convolution)
+            return conv.implementation_of(*convolution, "add" in fusion.kind.split("+"))
         backend = "auto" if backend == dispatch.UNFOLDED else backend
         if fusion.family in _STOCK_ON_CPU and dispatch.leaves_to_stock(x, backend):
             return "stock"
         if fusion.family == "linear" and fusion.layers:
             act = layers.get("act")
-            return linear.implementation_of(layers["linear"], act, fusion.activation, x, backend=backend)
+            linears = [layer for role, layer in layers.items() if role.startswith("linear")]
+            acts = [layer for role, layer in layers.items() if role.startswith("act")]
+            chosen = implementation_of_chain(linears, acts, x, backend) if len(linears) > 1 else ""
+            return chosen or linear.implementation_of(
+                layers["linear"], act, fusion.activation, x, backend=backend
+            )
         if fusion.family == "attention":
             return implementation_of_attention(*self.shapes.heads_for(path, head), backend)
         if fusion.family in _CHOICES:
@@ -457,7 +465,7 @@ def _join(prefix: str, path: str) -> str:
 def _device_of(layers) -> str:
     for layer in layers:
         for tensor in () if layer is None else layer.parameters():
-            return tensor.device.type
+            return dispatch.device_type_of(tensor)
     return "cpu"
 
 

@@ -143,6 +143,8 @@ def call_linear_chain(
     flattens: stock flattens x first, by the module ``flatten`` or, where that is None, by a function.
     """
     wanted = _served_as_one(flatten, linears, acts, x, flattens, backend)
+    if wanted and not _unobserved(x):
+        wanted = ""
     if wanted == "stock":
         return _small_on_cpu(linears, activations, x)
     if wanted == "triton":
@@ -154,6 +156,12 @@ def call_linear_chain(
     for linear, act, name in zip(linears, acts, activations):
         x = call_linear_act(linear, act, x, None, name, 0.0, None, backend)
     return x
+
+
+def implementation_of(linears, acts, x: Tensor, backend: str = "auto") -> str:
+    """The implementation that ``call_linear_chain`` would run for a flat input like ``x``, "" where each
+    layer decides."""
+    return _served_as_one(None, linears, acts, x, False, backend)
 
 
 def _small_on_cpu(linears, activations, x: Tensor) -> Tensor:
@@ -176,7 +184,7 @@ def _served_as_one(flatten, linears, acts, x, flattens, backend) -> str:
         return ""
     if not on_cpu and wanted != "triton" and not (wanted == "auto" and device == "cuda"):
         return ""
-    if x.dtype not in dispatch.OUR_DTYPES or not _unobserved(x):
+    if x.dtype not in dispatch.OUR_DTYPES:
         return ""
     if any(m is not None and has_hooks(m) for m in (flatten, *linears, *acts)):
         return ""

@@ -1,11 +1,15 @@
 """``explain``: rows, reasons and shares."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import fastnets
+from fastnets.fused import dispatch
 from fastnets.fused.saved import SavedBytes
+from fastnets.kernels.device import assume_device
 from tests.fused.networks import Classifier, Residual, images, settled
 
 
@@ -241,3 +245,18 @@ def test_a_step_that_cannot_be_taken_is_said():
     assert report.saved_bytes == {}
     assert "what a training step keeps is unknown: its forward raises ValueError" in str(report)
     assert "more than 1 value per channel" in str(report)
+
+
+def test_layers_that_run_as_one_are_named_after_what_runs_all_of_them():
+    """One image of LeNet-5 is stock's functions on the CPU, and on CUDA each is one launch."""
+    model = fastnets.create_model("lenet5", fused=False).eval()
+
+    def served(model: nn.Module, N: int, device: str) -> list[str]:
+        x = torch.zeros(N, 1, 28, 28, device=device)
+        return [row.implementation for row in fastnets.explain(fastnets.optimize(model), (x,)).rows]
+
+    assert served(model, 1, "cpu") == ["stock", "stock", "stock"]
+    if torch.backends.mkldnn.is_available():
+        assert served(model, 64, "cpu")[0] == "onednn"
+    with dispatch.assume_device_type("cuda"), assume_device("h100"):
+        assert served(copy.deepcopy(model).to("meta"), 8, "meta") == ["triton"] * 3
