@@ -45,25 +45,33 @@ def _attend(
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PLAIN: tl.constexpr,
     SOFTCAP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """The running (acc, total, top) of the queries after the keys from low to high, low a tile's first."""
+    """The running (acc, total, top) of the queries after the keys from low to high, low a tile's first.
+
+    total is kept in LANES parts, to which threads add what they hold themselves, and are added up at the end.
+    """
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
     m = start_m + i
     first, last = bounds(m, N, shift, left, right, HAS_LEFT, HAS_RIGHT)
+    # The pointers move along: fewer instructions than to work them out in each step.
+    wide = tl.full((), 0, tl.int64)
+    k += (wide + low) * (k_n * VEC)
+    v += (wide + low) * (v_n * VEC)
     for start_n in tl.range(low, high, BLOCK_N):
         row = j
         if MASKED:
             row = tl.minimum(j, N - 1 - start_n)
         n = start_n + j
-        at = tl.full((), 0, tl.int64) + start_n
-        key = load_rows(k + at * (k_n * VEC), row, k_n, k_d, D, BLOCK_D, VEC)
+        key = load_rows(k, row, k_n, k_d, D, BLOCK_D, VEC)
         s = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if not PLAIN:
             if SOFTCAP:
                 s = activate(s * scale, "tanh", 0.0) * softcap
             else:
                 s = s * scale
+            at = wide + start_n
             bias_tile = bias
             mask_tile = mask
             if bias is not None:
@@ -86,13 +94,16 @@ def _attend(
             new = tl.maximum(top, tl.max(s, 1))
             weight = tl.exp2(s - new[:, None])
         shrink = tl.exp2(top - new)
-        total = total * shrink + tl.sum(weight, 1)
+        part = tl.sum(tl.reshape(weight, [BLOCK_M, BLOCK_N // LANES, LANES]), 1)
+        total = total * shrink[:, None] + part
         acc = acc * shrink[:, None]
         if seed is not None:
             weight *= keep_factor(seed, stream, start_m, start_n, p, BLOCK_M, BLOCK_N)
-        value = load_rows(v + at * (v_n * VEC), row, v_n, v_d, D_V, BLOCK_D_V, VEC)
+        value = load_rows(v, row, v_n, v_d, D_V, BLOCK_D_V, VEC)
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
         top = new
+        k += (wide + BLOCK_N) * (k_n * VEC)
+        v += (wide + BLOCK_N) * (v_n * VEC)
     return acc, total, top
 
 
@@ -105,7 +116,8 @@ def attention_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, VEC: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_D_V: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. Grid: (tiles · heads · batch)."""
     queries = M  # of all packed sequences together
@@ -139,7 +151,7 @@ def attention_kernel(
     inside = start_m + i < M
     query = load_rows(q, tl.minimum(i, M - 1 - start_m), q_m, q_d, D, BLOCK_D, VEC)
     acc = tl.zeros([BLOCK_M, BLOCK_D_V], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, LANES], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32) + LOWEST
     low, full_low, full_high, high = 0, 0, N, N
     if HAS_LEFT:
@@ -156,22 +168,23 @@ def attention_kernel(
             start_m, M, N, shift, left, right, scale, softcap, p, stream,
             k_n, k_d, v_n, v_d, bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed,
             True, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP, D, D_V, VEC, BLOCK_D, BLOCK_D_V, BLOCK_M, BLOCK_N,
-            PRECISION,
+            PRECISION, LANES,
         )  # fmt: skip
     acc, total, top = _attend(
         a, b, query, k, v, acc, total, top,
         start_m, M, N, shift, left, right, scale, softcap, p, stream,
         k_n, k_d, v_n, v_d, bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed,
         False, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP, D, D_V, VEC, BLOCK_D, BLOCK_D_V, BLOCK_M, BLOCK_N,
-        PRECISION,
+        PRECISION, LANES,
     )  # fmt: skip
     acc, total, top = _attend(
         b, high, query, k, v, acc, total, top,
         start_m, M, N, shift, left, right, scale, softcap, p, stream,
         k_n, k_d, v_n, v_d, bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed,
         True, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP, D, D_V, VEC, BLOCK_D, BLOCK_D_V, BLOCK_M, BLOCK_N,
-        PRECISION,
+        PRECISION, LANES,
     )  # fmt: skip
+    total = tl.sum(total, 1)
     some = total > 0.0
     share = 1.0 / tl.where(some, total, 1.0)
     if seed is not None:
@@ -239,8 +252,19 @@ def _launch_of(problem: Problem, config: Config | None):
             count = problem.M // chosen.BLOCK_M + problem.sequences
         else:
             count = tiles(problem.M, chosen.BLOCK_M) * problem.B
-        known = problem.launches[("forward", config)] = ((count * problem.H,), chosen, problem.flags)
+        flags = problem.flags | {"LANES": _lanes(problem, chosen)}
+        known = problem.launches[("forward", config)] = ((count * problem.H,), chosen, flags)
     return known
+
+
+def _lanes(problem: Problem, config: Config) -> int:
+    """In how many parts sums are kept: one for each column of a fragment where a warp has whole rows and
+    registers to spare, else one."""
+    if problem.dtype == torch.float32 or problem.block_d > 64:
+        return 1
+    capability = problem.device.capability
+    whole_rows = capability == 90 or (capability < 90 and config.BLOCK_M <= 16 * config.num_warps)
+    return 8 if whole_rows else 1
 
 
 def _run(call: AttentionCall, config: Config | None = None):

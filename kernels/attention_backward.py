@@ -85,18 +85,24 @@ def _over_queries(
     i = tl.arange(0, STEP_M)
     j = tl.arange(0, BLOCK_N)
     n = start_n + j
+    # The pointers move along: fewer instructions than to work them out in each step.
+    wide = tl.full((), 0, tl.int64)
+    q += (wide + low) * (q_m * VEC)
+    do += (wide + low) * (do_m * VEC)
+    lse += low
+    delta += low
     for start_m in tl.range(low, high, STEP_M):
         row = i
         if MASKED:
             row = tl.minimum(i, M - 1 - start_m)
         m = start_m + i
-        at = tl.full((), 0, tl.int64) + start_m
-        query = load_rows(q + at * (q_m * VEC), row, q_m, q_d, D, BLOCK_D, VEC)
+        query = load_rows(q, row, q_m, q_d, D, BLOCK_D, VEC)
         if MASKED:
-            of_row = row_lse(lse + start_m, i, M - start_m, True, BLIND)
+            of_row = row_lse(lse, i, M - start_m, True, BLIND)
         else:
-            of_row = row_lse(lse + start_m, i, STEP_M, False, BLIND)
+            of_row = row_lse(lse, i, STEP_M, False, BLIND)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        at = wide + start_m
         bias_tile = bias
         mask_tile = mask
         if bias is not None:
@@ -109,8 +115,8 @@ def _over_queries(
             right, scale, softcap, bias_tile, bias_m, bias_n, mask_tile, mask_m, mask_n, slope,
             MASKED, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP,
         )  # fmt: skip
-        dout = load_rows(do + at * (do_m * VEC), row, do_m, do_d, D_V, BLOCK_D_V, VEC)
-        change = tl.load(delta + start_m + row)
+        dout = load_rows(do, row, do_m, do_d, D_V, BLOCK_D_V, VEC)
+        change = tl.load(delta + row)
         dweight = tl.dot(value, tl.trans(dout), input_precision=PRECISION)
         if seed is not None:
             keep = tl.trans(keep_factor(seed, stream, start_m, start_n, p, STEP_M, BLOCK_N))
@@ -122,6 +128,10 @@ def _over_queries(
         if SOFTCAP:
             ds *= 1.0 - capped * capped
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
+        q += (wide + STEP_M) * (q_m * VEC)
+        do += (wide + STEP_M) * (do_m * VEC)
+        lse += STEP_M
+        delta += STEP_M
     return dk, dv
 
 
@@ -139,15 +149,18 @@ def _over_keys(
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, STEP_N)
     m = start_m + i
+    wide = tl.full((), 0, tl.int64)
+    k += (wide + low) * (k_n * VEC)
+    v += (wide + low) * (v_n * VEC)
     for start_n in tl.range(low, high, STEP_N):
         row = j
         if MASKED:
             row = tl.minimum(j, N - 1 - start_n)
         n = start_n + j
-        at = tl.full((), 0, tl.int64) + start_n
-        key = load_rows(k + at * (k_n * VEC), row, k_n, k_d, D, BLOCK_D, VEC)
-        value = load_rows(v + at * (v_n * VEC), row, v_n, v_d, D_V, BLOCK_D_V, VEC)
+        key = load_rows(k, row, k_n, k_d, D, BLOCK_D, VEC)
+        value = load_rows(v, row, v_n, v_d, D_V, BLOCK_D_V, VEC)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        at = wide + start_n
         bias_tile = bias
         mask_tile = mask
         if bias is not None:
@@ -167,6 +180,8 @@ def _over_keys(
         if SOFTCAP:
             ds *= 1.0 - capped * capped
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
+        k += (wide + STEP_N) * (k_n * VEC)
+        v += (wide + STEP_N) * (v_n * VEC)
     return dq
 
 

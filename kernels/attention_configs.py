@@ -98,11 +98,9 @@ _BACKWARD_WITH_TERMS = {
     64: _backward(64, 32, 64, 32, 4, 2),
 }
 _BACKWARD_WITH_TERMS_FP32 = {64: _backward(16, 32, 32, 16, 4, 1)}
-# The plain one, of 8 warps, spills with a mask there, this one elsewhere.
-_BACKWARD_WITH_TERMS_FP32_SM80 = {**_BACKWARD_WITH_TERMS_FP32, 128: _backward(16, 16, 16, 16, 4, 1)}
 # With several heads to a key head there is one loop more around, whose addresses take registers.
 _BACKWARD_GROUPED = {64: _backward(64, 32, 64, 32, 8, 2)}
-_BACKWARD_GROUPED_SM90 = {64: _backward(64, 32, 64, 32, 8, 3), 128: _backward(64, 16, 64, 32, 8, 2)}
+_BACKWARD_GROUPED_SM90 = {**_BACKWARD_GROUPED, 128: _backward(64, 16, 64, 32, 8, 2)}
 
 
 def _forward_table(dtype: torch.dtype, device: Device) -> dict:
@@ -120,11 +118,8 @@ def _backward_table(dtype: torch.dtype, device: Device) -> dict:
 def _backward_tables(dtype: torch.dtype, device: Device, plain: bool, grouped: bool) -> tuple[dict, ...]:
     """The first that has the head dim counts."""
     tables = [_backward_table(dtype, device)]
-    if not plain and dtype != torch.float32:
-        tables.insert(0, _BACKWARD_WITH_TERMS)
-    elif not plain:
-        sm80 = device.capability == 80
-        tables.insert(0, _BACKWARD_WITH_TERMS_FP32_SM80 if sm80 else _BACKWARD_WITH_TERMS_FP32)
+    if not plain:
+        tables.insert(0, _BACKWARD_WITH_TERMS_FP32 if dtype == torch.float32 else _BACKWARD_WITH_TERMS)
     if grouped and dtype != torch.float32:
         tables.insert(0, _BACKWARD_GROUPED_SM90 if device.capability == 90 else _BACKWARD_GROUPED)
     return tuple(tables)

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from fastnets.bench import static
+from fastnets.bench.pipes import bound_share, unit_cycles
 from fastnets.kernels import attention, attention_backward
 from fastnets.kernels.attention_calls import AttentionCall
 from fastnets.kernels.attention_configs import _backward, _forward
@@ -83,21 +84,32 @@ def steps(facts):
 
 @COUNTED
 @pytest.mark.parametrize("case", TUTORIAL_FORWARD)
-def test_a_step_forward_is_about_the_tutorial_s(case, monkeypatch):
+def test_a_step_forward_takes_no_more_instructions_than_the_tutorial_s(case, monkeypatch):
     capability, D, tile = case
     monkeypatch.setattr(attention, "check_config", lambda *arguments: None)
     call = {"dtype": torch.float16, "D": D, "N": 4096, "B": 2, "H": 16}
     (ours,) = steps(compiled(attention, capability, _forward(*tile), **call))
-    assert ours <= 1.035 * TUTORIAL_FORWARD[case], f"{ours} instructions"
+    assert ours <= TUTORIAL_FORWARD[case], f"{ours} instructions"
 
 
 @COUNTED
 @pytest.mark.parametrize("case", TUTORIAL_BACKWARD)
-def test_a_step_backward_is_about_the_tutorial_s(case, monkeypatch):
+def test_a_step_backward_is_the_tutorial_s_but_for_one_instruction(case, monkeypatch):
     capability, D, (n, step, warps, stages) = case
     monkeypatch.setattr(attention_backward, "check_config", lambda *arguments: None)
     call = {"dtype": torch.float16, "D": D, "N": 4096, "B": 2, "H": 16, "right": 0}
     config = _backward(n, step, n, step, warps, stages)
     ours = steps(compiled(attention_backward, capability, config, **call))
     for one, theirs in zip(ours, TUTORIAL_BACKWARD[case], strict=True):
-        assert one <= 1.16 * theirs, f"{one} instructions"
+        assert one <= theirs + 1, f"{one} instructions"
+
+
+# Head dim 128 on sm_80 is left out: 16 rows a warp keep shared memory busy longer, and 32 rows spill.
+@COUNTED
+@pytest.mark.parametrize("N", [197, 4096])
+@pytest.mark.parametrize(("capability", "D"), [(80, 64), (90, 64), (90, 128)])
+def test_the_tensor_pipe_or_the_exponential_unit_bounds_a_step_forward(capability, D, N):
+    facts = compiled(attention, capability, dtype=torch.float16, D=D, N=N, B=2, H=16)
+    step = min((loop for loop in facts.code.loops if loop.matrix), key=lambda loop: loop.instructions)
+    busy = unit_cycles(step, capability)
+    assert bound_share(busy, "tensor", "exponential") >= 0.85, busy
