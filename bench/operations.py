@@ -348,3 +348,59 @@ def _squeeze_excite(C, squeezed, size):
 
 
 _add("squeeze-excite 672/28 @14", "squeeze-excite", _squeeze_excite(672, 28, 14))
+
+
+def _excited_convolution(C, squeezed, K, size):
+    def function(x, weight, mean, var, bn_weight, bn_bias, w1, b1, w2, b2, *, backend):
+        return fused.squeeze_excite_conv_bn_act(
+            x, weight, None, mean, var, bn_weight, bn_bias, w1=w1, b1=b1, w2=w2, b2=b2,
+            excite_activation="silu", backend=backend,
+        )  # fmt: skip
+
+    def make(inputs: Inputs, N: int) -> Call:
+        tensors = (
+            inputs.normal(N, C, size, size),
+            inputs.weight(K, C, 1, 1),
+            *inputs.statistics(K),
+            1 + inputs.normal(K, scale=0.1),
+            inputs.normal(K, scale=0.1),
+            inputs.weight(squeezed, C, 1, 1),
+            inputs.normal(squeezed, scale=0.1),
+            inputs.weight(C, squeezed, 1, 1),
+            inputs.normal(C, scale=0.1),
+        )
+        return Call(function, tensors, learns=(0, 1, 4, 5, 6, 7, 8, 9))
+
+    return make
+
+
+def _response_norm(function, C, size, **options):
+    def make(inputs: Inputs, N: int) -> Call:
+        options_of_alexnet = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0, **options}
+        return Call(function, (inputs.normal(N, C, size, size),), options_of_alexnet)
+
+    return make
+
+
+def _depthwise_norm(C, size):
+    def make(inputs: Inputs, N: int) -> Call:
+        tensors = (
+            inputs.normal(N, C, size, size),
+            inputs.weight(C, 1, 7, 7),
+            inputs.normal(C, scale=0.1),
+            1 + inputs.normal(C, scale=0.1),
+            inputs.normal(C, scale=0.1),
+        )
+        return Call(fused.depthwise_layer_norm, tensors, {"padding": (3, 3)}, learns=(0, 1, 2, 3, 4))
+
+    return make
+
+
+_add("squeeze-excite 672/28 + conv 1x1 112 @14", "squeeze-excite", _excited_convolution(672, 28, 112, 14))
+_add("response norm 96 @55", "response norm", _response_norm(fused.local_response_norm, 96, 55))
+_add(
+    "response norm 256 @27 + max pool 3x3/2",
+    "response norm",
+    _response_norm(fused.local_response_norm_max_pool, 256, 27, kernel_size=(3, 3), stride=(2, 2)),
+)
+_add("depthwise 7x7 96 @56 + layer norm", "depthwise + layer norm", _depthwise_norm(96, 56))
