@@ -1,8 +1,13 @@
-"""Fifty steps from one seed: stock and fused networks learn alike, judged by a float64 run.
+"""Thirty steps from one seed, one network of each family: stock and fused learn alike.
 
-The learning rates are small. A network with ReLUs and batch norms multiplies rounding errors at every step,
-and at larger rates stock in float32 is itself as far from float64 as two seeds are from each other; nothing
-could be told from such a run.
+The losses of the two runs are compared, and at three places on stock's way the gradients of both, from the
+same weights, with those of float64.
+
+The learning rates are such that stock in float32 stays with itself: run in channels-last, another order of
+rounding, it has the same losses. A network with batch norms over few values multiplies every rounding error
+severalfold in each step, and the smaller its weights are the more so, because a batch norm divides by their
+scale: GoogLeNet as torchvision initialises it (normal 0.01) is 2 % from float64 after thirty steps at 1e-6,
+and nothing could be told from such a run. The gradients need no such care.
 """
 
 import copy
@@ -14,79 +19,177 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastnets
-from fastnets.models import create_model
+from fastnets.models import StochasticDepth, Transformer, create_model
 from tests.accuracy import assert_close_to
 
-STEPS, CLASSES = 50, 10
-WAYS = [("auto", "auto"), ("reference", "auto"), ("reference", "less")]
+STEPS, CLASSES, TOKENS = 30, 10, 50
+JUDGED = (0, 15, 29)  # steps
+WAYS = [("auto", "auto"), ("reference", "auto")]
+WAYS_OF_TRAINING = [*WAYS, ("reference", "less")]  # "less" is a road of its own for batch norms
+
+IMAGE, TEXT = (3, 32, 32), (12,)
+SMALL = {"width": 32, "heads": 2, "hidden": 64, "depth": 2, "dropout": 0.0}
+
+slow = pytest.mark.slow
 
 
-def batches(N: int, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ten random pictures under noise, which can be told apart."""
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(CLASSES, *shape, generator=generator)
-    for _ in range(STEPS):
-        targets = torch.randint(CLASSES, (N,), generator=generator)
-        yield pictures[targets] + torch.randn(N, *shape, generator=generator), targets
-
-
-def train(model: nn.Module, N: int, shape: tuple[int, ...], lr: float, last: bool = False) -> Tensor:
-    """The losses of 50 steps of SGD with momentum; ``last``: images channels-last."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    dtype = next(model.parameters()).dtype
-    losses = []
-    for x, targets in batches(N, shape):
-        x = x.to(dtype, memory_format=torch.channels_last if last else torch.preserve_format)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), targets)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-def learned(model: nn.Module, start: nn.Module) -> Tensor:
-    """How far every parameter has gone."""
-    pairs = zip(model.parameters(), start.parameters())
-    return torch.cat([(p.detach() - s.detach().to(p.dtype)).flatten() for p, s in pairs])
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
+def case(name, lr, shape=IMAGE, *marks, batch=8, ways=WAYS, **options):
+    return pytest.param(name, options, shape, batch, lr, ways, id=name, marks=marks)
 
 
 CASES = [
-    pytest.param("lenet5", 32, (1, 28, 28), 0.1, id="lenet5"),
-    pytest.param("lenet5_relu", 32, (1, 28, 28), 0.002, id="lenet5_relu"),
-    pytest.param("resnet18", 16, (3, 32, 32), 3e-6, id="resnet18", marks=pytest.mark.slow),
-    pytest.param("mobilenet_v2", 16, (3, 32, 32), 1e-7, id="mobilenet_v2", marks=pytest.mark.slow),
-]
+    case("lenet5", 0.1, (1, 28, 28), ways=WAYS_OF_TRAINING),
+    case("lenet5_1998", 1e-3, (1, 32, 32)),
+    case("lenet5_relu", 5e-3, (1, 28, 28)),
+    case("alexnet_2012", 1e-3, (3, 227, 227), slow, batch=2),
+    case("alexnet", 1e-3, (3, 64, 64), slow),
+    case("vgg11", 1e-3, IMAGE, slow),
+    case("vgg11_bn", 1e-6, IMAGE, slow),
+    case("nin", 1e-3, (3, 48, 48), slow),
+    case("googlenet_2014", 1e-3, IMAGE, slow),
+    case("googlenet", 1e-8, IMAGE, slow),
+    case("inception_v3", 1e-10, (3, 107, 107), slow, batch=4, ways=WAYS[1:]),
+    case("resnet18", 1e-6, IMAGE, slow, ways=WAYS_OF_TRAINING),
+    case("resnet18_fpn", 1e-6, IMAGE, slow),
+    case("resnext50_32x4d", 1e-9, IMAGE, slow),
+    case("densenet121", 1e-6, IMAGE, slow),
+    case("squeezenet1_1", 1e-2),
+    case("shufflenet_v2_x0_5", 1e-8, IMAGE, slow),
+    case("mnasnet0_5", 1e-10, IMAGE, slow),
+    case("regnet_y_400mf", 1e-9, IMAGE, slow),
+    case("mobilenet_v1", 1e-8, IMAGE, slow),
+    case("mobilenet_v2", 1e-8, IMAGE, slow, ways=WAYS_OF_TRAINING),
+    case("mobilenet_v3_small", 1e-5, IMAGE, slow),
+    case("efficientnet_b0", 1e-6, IMAGE, slow),
+    case("efficientnet_lite0", 1e-8, IMAGE, slow),
+    case("convnext_tiny", 1e-4, IMAGE, slow),
+    case("vit_ti_16", 1e-2, image_size=32, width=32, heads=2, depth=2),
+    case("swin_t", 1e-2, IMAGE, slow),
+    case("eva02_b_14", 1e-2, (3, 28, 28), image_size=28, **SMALL),
+    case("transformer_encoder", 1e-2, (12, 32), **SMALL),
+    case("transformer_encoder_prenorm", 1e-2, (12, 32), **SMALL),
+    case("transformer", 1e-2, TEXT, vocabulary=TOKENS, **SMALL),
+    case("time_series_transformer", 1e-2, (12, CLASSES), series=CLASSES, **SMALL),
+    case("minilm_l6", 1e-2, TEXT, vocabulary=TOKENS, **SMALL),
+    case("llama_small", 1e-2, TEXT, width=32, heads=4, key_heads=2, head_dim=8, hidden=64, depth=2,
+         vocabulary=TOKENS),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, N, shape, lr", CASES)
-def test_stock_and_fused_learn_alike(name, N, shape, lr):
+def built(name: str, options: dict, shape: tuple[int, ...]) -> nn.Module:
+    """The network in training mode, with nothing left to chance."""
     torch.manual_seed(0)
-    start = without_dropout(create_model(name, num_classes=CLASSES))
-    exact, stock = copy.deepcopy(start).double(), copy.deepcopy(start)
-    exact_losses, stock_losses = (train(model, N, shape, lr) for model in (exact, stock))
+    model = create_model(name, **options, **({"num_classes": CLASSES} if classifies(name, shape) else {}))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, StochasticDepth):
+            module.probability = 0.0
+    if name.startswith(("alexnet", "vgg")):
+        narrow(model.classifier)
+    return model.train()
+
+
+def narrow(classifier: nn.Sequential, width: int = 128) -> None:
+    """Hidden layers of 128: most of the weights are in these, and say nothing more."""
+    linear = [i for i, layer in enumerate(classifier) if isinstance(layer, nn.Linear)]
+    inputs = classifier[linear[0]].in_features
+    for i, outputs in zip(linear, [width] * (len(linear) - 1) + [CLASSES]):
+        classifier[i] = nn.Linear(inputs, outputs)
+        inputs = outputs
+
+
+def classifies(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and not name.endswith("_fpn")
+
+
+def batches(shape: tuple[int, ...], N: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ten random pictures under noise, or ten texts with wrong words, which can be told apart."""
+    generator = torch.Generator().manual_seed(0)
+    if shape == TEXT:
+        texts = torch.randint(TOKENS, (CLASSES, *shape), generator=generator)
+    else:
+        pictures = torch.randn(CLASSES, *shape, generator=generator)
+    for _ in range(STEPS):
+        targets = torch.randint(CLASSES, (N,), generator=generator)
+        if shape == TEXT:
+            wrong = torch.randint(TOKENS, (N, *shape), generator=generator)
+            yield (
+                torch.where(torch.rand(N, *shape, generator=generator) < 0.2, wrong, texts[targets]),
+                targets,
+            )
+        else:
+            yield pictures[targets] + torch.randn(N, *shape, generator=generator), targets
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """(N, CLASSES); of networks that classify nothing, means over the places of their first channels."""
+    out = model(x, x) if isinstance(model, Transformer) else model(x)
+    if isinstance(out, dict):
+        out = torch.cat([maps.mean((2, 3))[:, :2] for maps in out.values()], 1)
+    return out.mean(1)[:, :CLASSES] if out.dim() == 3 else out
+
+
+def train(model: nn.Module, shape: tuple[int, ...], N: int, lr: float) -> tuple[list[float], list[dict]]:
+    """The losses of 30 steps of SGD with momentum, and the weights before those of ``JUDGED``."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    losses, weights = [], []
+    for step, (x, targets) in enumerate(batches(shape, N)):
+        if step in JUDGED:
+            weights.append(copy.deepcopy(model.state_dict()))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits(model, x), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, weights
+
+
+def gradients(model: nn.Module, weights: dict, x: Tensor, targets: Tensor) -> Tensor:
+    """Of all parameters, in one vector, at the given weights."""
+    model.load_state_dict(weights)
+    model.zero_grad()
+    dtype = next(model.parameters()).dtype
+    F.cross_entropy(logits(model, x.to(dtype) if x.is_floating_point() else x), targets).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name, options, shape, batch, lr, ways", CASES)
+def test_stock_and_fused_learn_alike(name, options, shape, batch, lr, ways):
+    start = built(name, options, shape)
+    stock = copy.deepcopy(start)
+    stock_losses, weights = train(stock, shape, batch, lr)
+    fast = {way: fastnets.optimize(start, backend=way[0], save=way[1]) for way in ways}
+    for way, model in fast.items():
+        assert train(model, shape, batch, lr)[0] == pytest.approx(stock_losses, rel=1e-3), way
+    exact = copy.deepcopy(start).double()
     # oneDNN rounds differently in channels-last, the layout that fused networks work in.
-    last = copy.deepcopy(start).to(memory_format=torch.channels_last)
-    train(last, N, shape, lr, last=True)
-    reference = learned(exact, start)
-    judged = max((learned(model, start) for model in (stock, last)), key=lambda p: (p - reference).norm())
-    for backend, save in WAYS:
-        fast = fastnets.optimize(start, backend=backend, save=save)
-        losses = train(fast, N, shape, lr)
-        assert ((losses - stock_losses) / stock_losses).abs().max() <= 1e-3, (backend, save)
-        assert_close_to(reference, judged, learned(fast, start), ratio=3)
-        assert float(losses[-10:].mean()) == pytest.approx(float(exact_losses[-10:].mean()), rel=1e-3)
+    last = copy.deepcopy(start).to(memory_format=torch.channels_last) if len(shape) == 3 else stock
+    seen = list(batches(shape, batch))
+    off = dict.fromkeys(ways, 0)
+    for step, there in zip(JUDGED, weights):
+        x, targets = seen[step]
+        reference, theirs = (gradients(model, there, x, targets) for model in (exact, stock))
+        if last is not stock:
+            other = gradients(last, there, x.contiguous(memory_format=torch.channels_last), targets)
+            theirs = max(theirs, other, key=lambda g: (g - reference).norm())
+        for way, model in fast.items():
+            off[way] += not is_close_to(reference, theirs, gradients(model, there, x, targets))
+    # Behind a batch norm over few values a ReLU that rounding turns moves the gradients by percents: of a
+    # value on the kink, now and then. What is wrong is wrong at every place.
+    normalised = any(isinstance(module, nn.BatchNorm2d) for module in start.modules())
+    assert max(off.values()) <= normalised, off
+
+
+def is_close_to(reference: Tensor, theirs: Tensor, ours: Tensor) -> bool:
+    try:
+        assert_close_to(reference, theirs, ours, ratio=3)
+    except AssertionError:
+        return False
+    return True
 
 
 def test_lenet_learns():
     """The pictures can be told apart, and the losses above are those of networks that do."""
-    torch.manual_seed(0)
-    losses = train(fastnets.optimize(create_model("lenet5_relu").train()), 32, (1, 28, 28), 0.002)
-    assert losses[-10:].mean() < 0.8 * losses[:10].mean()
+    losses, _ = train(fastnets.optimize(built("lenet5_relu", {}, (1, 28, 28))), (1, 28, 28), 8, 0.005)
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
