@@ -46,6 +46,8 @@ def measure_ceilings(device: torch.device | str, dtype: torch.dtype, rounds: int
     calls = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b)}
     with torch.inference_mode():
         found = measure(calls, device=device, rounds=rounds, max_seconds=5)
+    if found.interrupted:
+        raise KeyboardInterrupt
     moved = 2 * source.numel() * source.element_size()
     return Ceilings(
         str(device),

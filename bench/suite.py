@@ -219,7 +219,9 @@ def _run_batch(network: Network, settings: Settings, tell: Tell) -> Result:
                     tell(network.name, "layers", "", 0, 1)
                     result.breakdown = break_down(stock, x)
     except KeyboardInterrupt:
-        result.comparison = result.comparison or Comparison({}, str(device), torch.get_num_threads(), True)
+        if result.comparison is None:
+            result.comparison = Comparison({}, str(device), torch.get_num_threads())
+        result.comparison.interrupted = True
     _settle(result)
     return result
 

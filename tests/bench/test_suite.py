@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastnets.bench import baselines, report, suite, suites, training
+from fastnets.bench import baselines, ceilings, report, suite, suites, training
 from fastnets.bench.baselines import Unavailable, Variant
 from fastnets.bench.networks import Network, settle_batch_norms
-from fastnets.fused.measure import OUT_OF_MEMORY
+from fastnets.fused.measure import OUT_OF_MEMORY, Comparison
 from fastnets.models import list_models
 
 
@@ -227,6 +227,19 @@ def test_suites_name_networks_that_there_are(name):
             build()
         assert set(loaded) <= set(list_models())
         assert len(loaded) == len(set(loaded))
+
+
+def test_ctrl_c_while_layers_are_taken_apart_keeps_the_network_and_ends_the_run(network, monkeypatch):
+    def pressed(calls, **options):
+        return Comparison({}, "cpu", 1, interrupted=True)
+
+    monkeypatch.setattr(ceilings, "measure", pressed)
+    whole = suite.run([lambda: network] * 2, settings("eager", "fastnets", breakdown=True))
+    (result,) = whole.results
+    assert whole.interrupted
+    assert status(result)["fastnets"] == ("measured", "")
+    assert result.breakdown is None
+    assert report.as_dict(whole)["results"][0]["interrupted"]
 
 
 def test_ctrl_c_while_measuring_keeps_the_rounds(network, add):
