@@ -53,7 +53,7 @@ CASES = [
     case("resnet18_fpn", 1e-6, IMAGE, slow),
     case("resnext50_32x4d", 1e-9, IMAGE, slow),
     case("densenet121", 1e-6, IMAGE, slow),
-    case("squeezenet1_1", 1e-2),
+    case("squeezenet1_1", 1e-3),
     case("shufflenet_v2_x0_5", 1e-8, IMAGE, slow),
     case("mnasnet0_5", 1e-10, IMAGE, slow),
     case("regnet_y_400mf", 1e-9, IMAGE, slow),
@@ -175,10 +175,10 @@ def test_stock_and_fused_learn_alike(name, options, shape, batch, lr, ways):
             theirs = max(theirs, other, key=lambda g: (g - reference).norm())
         for way, model in fast.items():
             off[way] += not is_close_to(reference, theirs, gradients(model, there, x, targets))
-    # Behind a batch norm over few values a ReLU that rounding turns moves the gradients by percents: of a
-    # value on the kink, now and then. What is wrong is wrong at every place.
-    normalised = any(isinstance(module, nn.BatchNorm2d) for module in start.modules())
-    assert max(off.values()) <= normalised, off
+    # A value on the kink of a ReLU, or two equal ones in a pool's window, that rounding turns moves the
+    # gradients, behind batch norms over few values by percents: now and then. What is wrong is wrong at
+    # every place.
+    assert max(off.values()) <= (len(shape) == 3), off
 
 
 def is_close_to(reference: Tensor, theirs: Tensor, ours: Tensor) -> bool:
