@@ -51,6 +51,7 @@ def _copy(x, out, n, SKIP_LAST: tl.constexpr, OVERRUN: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def _sum_without_other(x, out, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
+    # Without other=, deliberately: the emulator must show what a GPU may leave in such lanes.
     tl.store(out, tl.sum(tl.load(x + i, mask=i < n), axis=0))
 
 
