@@ -9,8 +9,8 @@ stock would show to others: see :class:`Memory`. ``patterns`` looks for convolut
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
@@ -218,6 +218,53 @@ class ChainFinder:
         for node in reversed(nodes):
             self.graph.erase_node(node)
         self.memory.forget()
+
+
+def sole_readers(
+    graph: fx.Graph, call: Callable, position: int, maker: Callable
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """``(reader, read)``: calls of ``call`` whose argument at ``position`` a call of ``maker`` has made for
+    them alone. The graph may change in between."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not call:
+            continue
+        read = node.args[position]
+        if isinstance(read, fx.Node) and read.target is maker and list(read.users) == [node]:
+            yield node, read
+
+
+def put_one_call(call: Callable, arguments: tuple, nodes: tuple[fx.Node, ...]) -> None:
+    """Let ``call(*arguments)`` take the place of the nodes: first the one whose value it makes, then what
+    only that one needs, readers before what they read."""
+    last, graph = nodes[0], nodes[0].graph
+    with graph.inserting_before(last):
+        fused = graph.call_function(call, arguments)
+    last.replace_all_uses_with(fused)
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def joined(
+    fusions: tuple[Fusion, ...],
+    head: tuple[str, str],
+    *,
+    before: tuple[str, str] | None = None,
+    after: tuple[str, str] | None = None,
+) -> tuple[Fusion, ...]:
+    """The fusions, with ``head`` and the one before it or after it as one, in the head's family and place.
+
+    Each is named by its family and the path of a layer in it. Roles of what comes before become "ROLE
+    before".
+    """
+
+    def named(family: str, path: str) -> Fusion:
+        return next(f for f in fusions if f.family == family and path in dict(f.layers).values())
+
+    whole, other = named(*head), named(*(after or before))
+    parts = (whole, other) if after else (other, whole)
+    layers = other.layers if after else tuple((f"{role} before", path) for role, path in other.layers)
+    one = replace(whole, kind="+".join(part.kind for part in parts), layers=(*whole.layers, *layers))
+    return tuple(one if f is whole else f for f in fusions if f is not other)
 
 
 def addends(node: fx.Node) -> tuple | None:

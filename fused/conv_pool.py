@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from fastnets.fused import dispatch
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.batch_norm import has_hooks, watched
-from fastnets.fused.chains import Fusion
+from fastnets.fused.chains import joined, put_one_call, sole_readers
 from fastnets.fused.conv import (
     Options,
     Weights,
@@ -303,28 +303,12 @@ def join_pools(graph: fx.Graph, modules: dict[str, nn.Module], fusions: tuple) -
 
     For graphs of inference, after all other patterns. Returns the fusions, those that joined as one.
     """
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not call_pool2d:
-            continue
-        pool, y, pool_backend = node.args
-        if not isinstance(y, fx.Node) or y.target is not call_conv_bn_act or list(y.users) != [node]:
-            continue
+    for node, y in sole_readers(graph, call_pool2d, 1, call_conv_bn_act):
+        pool, _, pool_backend = node.args
         conv, bn, act, x, residual, *rest, backend = y.args
         if residual is not None or y.kwargs or not serves(modules[conv.target], modules[pool.target]):
             continue
-        with graph.inserting_before(node):
-            arguments = (pool, conv, bn, act, x, *rest, pool_backend, backend)
-            fused = graph.call_function(call_conv_act_pool, arguments)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
-        graph.erase_node(y)
-        fusions = _joined(fusions, conv.target, pool.target)
+        arguments = (pool, conv, bn, act, x, *rest, pool_backend, backend)
+        put_one_call(call_conv_act_pool, arguments, (node, y))
+        fusions = joined(fusions, ("conv", conv.target), after=("pool", pool.target))
     return fusions
-
-
-def _joined(fusions: tuple, conv: str, pool: str) -> tuple:
-    first = next(f for f in fusions if f.family == "conv" and f.path("conv") == conv)
-    second = next(f for f in fusions if f.family == "pool" and f.path("pool") == pool)
-    layers = (*first.layers, *second.layers)
-    one = Fusion("conv", f"{first.kind}+pool", layers, first.activation)
-    return tuple(one if f is first else f for f in fusions if f is not second)

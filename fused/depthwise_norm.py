@@ -8,14 +8,13 @@ not serve (more channels than a program holds), the two ops run one after the ot
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import has_hooks
+from fastnets.fused.chains import joined, put_one_call
 from fastnets.fused.conv import (
     Options,
     Weights,
@@ -209,12 +208,8 @@ def join_depthwise_norms(graph: fx.Graph, modules: dict[str, nn.Module], fusions
             continue
         if not serves(modules[conv.target], modules[norm.target]):
             continue
-        with graph.inserting_before(node):
-            fused = graph.call_function(call_depthwise_norm, (norm, conv, x, norm_backend, backend))
-        node.replace_all_uses_with(fused)
-        for replaced in (node, permuted, y):
-            graph.erase_node(replaced)
-        fusions = _joined(fusions, conv.target, norm.target)
+        put_one_call(call_depthwise_norm, (norm, conv, x, norm_backend, backend), (node, permuted, y))
+        fusions = joined(fusions, ("conv", conv.target), after=("norm", norm.target))
     return fusions
 
 
@@ -227,10 +222,3 @@ def _puts_channels_last(node: object) -> bool:
 
 
 _PERMUTATIONS = (("call_method", "permute"), ("call_function", torch.permute))
-
-
-def _joined(fusions: tuple, conv: str, norm: str) -> tuple:
-    first = next(f for f in fusions if f.family == "conv" and f.path("conv") == conv)
-    second = next(f for f in fusions if f.family == "norm" and norm in dict(f.layers).values())
-    one = replace(first, kind=f"{first.kind}+{second.kind}", layers=(*first.layers, *second.layers))
-    return tuple(one if f is first else f for f in fusions if f is not second)

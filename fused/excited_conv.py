@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import watched
+from fastnets.fused.chains import joined, put_one_call, sole_readers
 from fastnets.fused.conv import (
     Options,
     Weights,
@@ -28,7 +29,7 @@ from fastnets.fused.conv import (
     validate_convolution,
     weights_of,
 )
-from fastnets.fused.patterns import CONV_CALLS, joined
+from fastnets.fused.patterns import CONV_CALLS
 from fastnets.fused.pool import is_channels_last
 from fastnets.fused.preactivation import serves
 from fastnets.fused.squeeze_excite import (
@@ -247,20 +248,12 @@ def join_excited(graph: fx.Graph, modules: dict[str, nn.Module], fusions: tuple)
 
     For graphs of inference, after ``fuse``, whose ``fusions`` are returned with those that joined as one.
     """
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not call_conv_bn_act:
-            continue
-        conv, bn, act, x, residual, *rest = node.args
-        if not isinstance(x, fx.Node) or x.target is not call_squeeze_excite or list(x.users) != [node]:
-            continue
+    for node, x in sole_readers(graph, call_conv_bn_act, 3, call_squeeze_excite):
+        conv, bn, act, _, residual, *rest = node.args
         excite, source, excite_backend = x.args
         if residual is x or not serves(modules[conv.target]):
             continue
-        with graph.inserting_before(node):
-            arguments = (excite, excite_backend, conv, bn, act, source, residual, *rest)
-            fused = graph.call_function(call_excited_conv, arguments)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
-        graph.erase_node(x)
-        fusions = joined(fusions, ("excite", excite.target), conv.target)
+        arguments = (excite, excite_backend, conv, bn, act, source, residual, *rest)
+        put_one_call(call_excited_conv, arguments, (node, x))
+        fusions = joined(fusions, ("conv", conv.target), before=("excite", excite.target))
     return fusions

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +28,10 @@ from fastnets.fused.chains import (
     Fusion,
     Left,
     addends,
+    joined,
     name_of,
+    put_one_call,
+    sole_readers,
     writes,
 )
 from fastnets.fused.conv import call_conv_bn_act
@@ -236,36 +238,15 @@ def join_preactivations(graph: fx.Graph, modules: dict[str, nn.Module], fusions:
 
     For graphs of inference, after ``fuse``, whose ``fusions`` are returned with those that joined as one.
     """
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not call_conv_bn_act:
-            continue
-        conv, bn, act, x, residual, *rest = node.args
-        if not isinstance(x, fx.Node) or x.target is not call_bn_add_act or list(x.users) != [node]:
-            continue
+    for node, x in sole_readers(graph, call_conv_bn_act, 3, call_bn_add_act):
+        conv, bn, act, _, residual, *rest = node.args
         before, act_before, source, added, activation, slope, _ = x.args
         if added is not None or residual is x or not preactivation.serves(modules[conv.target]):
             continue
-        with graph.inserting_before(node):
-            arguments = (before, act_before, activation, slope, conv, bn, act, source, residual, *rest)
-            fused = graph.call_function(call_preactivated_conv, arguments)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
-        graph.erase_node(x)
-        fusions = joined(fusions, ("bn", before.target), conv.target)
+        arguments = (before, act_before, activation, slope, conv, bn, act, source, residual, *rest)
+        put_one_call(call_preactivated_conv, arguments, (node, x))
+        fusions = joined(fusions, ("conv", conv.target), before=("bn", before.target))
     return fusions
-
-
-def joined(fusions: tuple, head: tuple[str, str], conv: str) -> tuple:
-    """The fusions, with the one of what comes before a convolution and the convolution's as one.
-
-    head: (family and role, path) of the layer that comes first.
-    """
-    role, path = head
-    first = next(f for f in fusions if f.family == role and f.path(role) == path)
-    second = next(f for f in fusions if f.family == "conv" and f.path("conv") == conv)
-    layers = (*second.layers, *((f"{role} before", path) for role, path in first.layers))
-    one = replace(second, kind=f"{first.kind}+{second.kind}", layers=layers)
-    return tuple(one if f is second else f for f in fusions if f is not first)
 
 
 def _reads_as_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fastnets.fused import dispatch
 from fastnets.fused.batch_norm import has_hooks, watched
-from fastnets.fused.chains import Fusion
+from fastnets.fused.chains import joined, put_one_call, sole_readers
 from fastnets.fused.pool import _max_differentiable, _max_fake, _max_infer, _windows, call_pool2d
 from fastnets.fused.response_norm import _differentiable as _norm_differentiable
 from fastnets.fused.response_norm import _infer as _norm_infer
@@ -157,27 +157,11 @@ def join_response_norms(graph: fx.Graph, modules: dict[str, nn.Module], fusions:
 
     For graphs of inference, after all other patterns. Returns the fusions, those that joined as one.
     """
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not call_pool2d:
-            continue
-        pool, y, pool_backend = node.args
-        if not isinstance(y, fx.Node) or y.target is not call_local_response_norm or list(y.users) != [node]:
-            continue
+    for node, y in sole_readers(graph, call_pool2d, 1, call_local_response_norm):
+        pool, _, pool_backend = node.args
         norm, x, backend = y.args
         if not serves(modules[norm.target], modules[pool.target]):
             continue
-        with graph.inserting_before(node):
-            arguments = (norm, pool, x, backend, pool_backend)
-            fused = graph.call_function(call_response_norm_pool, arguments)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
-        graph.erase_node(y)
-        fusions = _joined(fusions, norm.target, pool.target)
+        put_one_call(call_response_norm_pool, (norm, pool, x, backend, pool_backend), (node, y))
+        fusions = joined(fusions, ("response_norm", norm.target), after=("pool", pool.target))
     return fusions
-
-
-def _joined(fusions: tuple, norm: str, pool: str) -> tuple:
-    first = next(f for f in fusions if f.family == "response_norm" and f.path("norm") == norm)
-    second = next(f for f in fusions if f.family == "pool" and f.path("pool") == pool)
-    one = Fusion("response_norm", f"{first.kind}+pool", (*first.layers, *second.layers))
-    return tuple(one if f is first else f for f in fusions if f is not second)
