@@ -87,6 +87,15 @@ def _reference(x: Tensor, weights: Weights, residual: Tensor | None, options: Op
     return onednn.channels_last(epilogue(y, None, *bn, residual, *options[4:]))
 
 
+def in_dtype_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Filter and bias; a conversion that would change nothing costs a microsecond, and is not asked for."""
+    dtype = x.dtype
+    return (
+        weight if weight.dtype == dtype else weight.to(dtype),
+        bias if bias is None or bias.dtype == dtype else bias.to(dtype),
+    )
+
+
 def _triton(
     x, weight, bias, mean, var, bn_weight, bn_bias, residual,
     stride, padding, dilation, groups, eps, activation, negative_slope,
@@ -95,8 +104,7 @@ def _triton(
 
     return launch(
         x,
-        weight if weight.dtype == x.dtype else weight.to(x.dtype),
-        bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype),
+        *in_dtype_of(x, weight, bias),
         mean,
         var,
         bn_weight,
@@ -321,7 +329,8 @@ def _fake(x, *arguments):
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
-def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def conv_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of a convolution with the result ``out_shape``, whatever follows it."""
     return torch.utils.flop_counter.conv_flop_count(x_shape, weight_shape, out_shape)
 
 
@@ -421,9 +430,11 @@ def _autocast(x, *arguments):
         return op(x, *weights, residual, *options)
 
 
-_infer = dispatch.register("conv_bn_act_inference" + _SCHEMA, _body, _fake, autocast=_autocast, flops=_flops)
+_infer = dispatch.register(
+    "conv_bn_act_inference" + _SCHEMA, _body, _fake, autocast=_autocast, flops=conv_flops
+)
 _differentiable = dispatch.register(
-    "conv_bn_act" + _SCHEMA, _body, _fake, autograd=_autograd, autocast=_autocast, flops=_flops
+    "conv_bn_act" + _SCHEMA, _body, _fake, autograd=_autograd, autocast=_autocast, flops=conv_flops
 )
 
 conv_bn_act_op = _differentiable
@@ -466,21 +477,8 @@ def conv_bn_act(
     """
     op = _differentiable if torch.is_grad_enabled() else _infer
     return op(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        residual,
-        stride,
-        padding,
-        dilation,
-        groups,
-        eps,
-        activation,
-        negative_slope,
+        *(x, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual),
+        *(stride, padding, dilation, groups, eps, activation, negative_slope),
         dispatch.validate_backend(backend),
     )
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastnets.fused import dispatch
+from fastnets.fused import composed, dispatch
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.batch_norm import has_hooks, watched
 from fastnets.fused.chains import joined, put_one_call, sole_readers
@@ -24,6 +24,8 @@ from fastnets.fused.conv import (
     Weights,
     call_conv_bn_act,
     conv_bn_act_op,
+    conv_flops,
+    in_dtype_of,
     must_run_stock,
     validate_convolution,
     weights_of,
@@ -53,8 +55,7 @@ def _triton(
 
     return launch(
         x,
-        weight if weight.dtype == x.dtype else weight.to(x.dtype),
-        bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype),
+        *in_dtype_of(x, weight, bias),
         *(mean, var, bn_weight, bn_bias),
         window=window,
         maximum=maximum,
@@ -79,7 +80,7 @@ def _body(
     if call is not None:
         return call(tensors)
     _validate(*tensors, *options)
-    if x.numel() and choose(x, backend) == "triton":
+    if x.numel() and composed.choose(x, backend) == "triton":
         if len(_calls) >= dispatch.KINDS:
             _calls.clear()
         call = _calls[kind] = dispatch.replayed(_triton, options)
@@ -91,12 +92,6 @@ def _body(
 
 
 _calls: dict[tuple, Callable] = {}
-
-
-def choose(x: Tensor, backend: str) -> str:
-    """The implementation that serves a call: "triton" or "reference"."""
-    wanted = dispatch.requested(backend)
-    return "reference" if wanted == "library" else dispatch.triton_or_reference(x, backend)
 
 
 def _validate(
@@ -125,18 +120,14 @@ def _fake(x, *arguments):
 def _flops(x_shape, weight_shape, *arguments, out_shape=None, **kwargs) -> int:
     N, K, P, Q = out_shape
     window = arguments[-2]
-    full = (N, K, P * window[0], Q * window[1])
-    return torch.utils.flop_counter.conv_flop_count(x_shape, weight_shape, full)
+    return conv_flops(x_shape, weight_shape, out_shape=(N, K, P * window[0], Q * window[1]))
 
 
-def _autograd(*args):
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:7]):
-        _validate(*args[:-1])
-        *tensors, stride, padding, dilation, eps, activation, negative_slope, maximum, window, backend = args
-        options = (stride, padding, dilation, 1, eps, activation, negative_slope, backend)
-        return channels_last(_pooled(conv_bn_act_op(*tensors, None, *options), maximum, window))
-    with torch._C._AutoDispatchBelowAutograd():
-        return _differentiable(*args)
+def _with_gradients(*arguments):
+    _validate(*arguments[:-1])
+    *tensors, stride, padding, dilation, eps, activation, negative_slope, maximum, window, backend = arguments
+    options = (stride, padding, dilation, 1, eps, activation, negative_slope, backend)
+    return channels_last(_pooled(conv_bn_act_op(*tensors, None, *options), maximum, window))
 
 
 def _autocast(x, *arguments):
@@ -146,12 +137,10 @@ def _autocast(x, *arguments):
         return (_differentiable if torch.is_grad_enabled() else _infer)(x, *arguments)
 
 
-_infer = dispatch.register(
-    "conv_act_pool_inference" + _SCHEMA, _body, _fake, autocast=_autocast, flops=_flops
-)
-_differentiable = dispatch.register(
-    "conv_act_pool" + _SCHEMA, _body, _fake, autograd=_autograd, autocast=_autocast, flops=_flops
-)
+_differentiable, _infer = composed.register(
+    *("conv_act_pool", _SCHEMA, _body, _fake),
+    with_gradients=_with_gradients, autocast=_autocast, flops=_flops,
+)  # fmt: skip
 
 
 def conv_act_pool(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastnets.fused import dispatch
+from fastnets.fused import composed, dispatch
 from fastnets.fused.batch_norm import has_hooks
 from fastnets.fused.chains import joined, put_one_call
 from fastnets.fused.conv import (
@@ -21,7 +21,9 @@ from fastnets.fused.conv import (
     call_conv_bn_act,
     conv_below_autograd,
     conv_bn_act_op,
+    conv_flops,
     implementation_of,
+    in_dtype_of,
     must_run_stock,
     validate_convolution,
     watched,
@@ -42,13 +44,12 @@ def _body(x, weight, bias, norm_weight, norm_bias, stride, padding, dilation, ep
     arguments = (x, weight, bias, norm_weight, norm_bias, stride, padding, dilation, eps)
     _validate(*arguments)
     fits = weight.shape[0] == x.shape[1] <= MOST_CHANNELS and weight.shape[2] <= MOST_ROWS
-    if x.numel() and fits and choose(x, backend) == "triton":
+    if x.numel() and fits and composed.choose(x, backend) == "triton":
         from fastnets.kernels.depthwise_norm import depthwise_layer_norm as launch
 
         return launch(
             x,
-            weight if weight.dtype == x.dtype else weight.to(x.dtype),
-            bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype),
+            *in_dtype_of(x, weight, bias),
             *(norm_weight, norm_bias),
             stride=stride,
             padding=padding,
@@ -69,16 +70,6 @@ def _composed(
 
 def _options(x: Tensor, stride, padding, dilation) -> Options:
     return Options(tuple(stride), tuple(padding), tuple(dilation), x.shape[1], 0.0, "none", 0.0)
-
-
-def choose(x: Tensor, backend: str) -> str:
-    """The implementation that serves a call: "triton", or "reference" for the two ops after one another.
-
-    Raises:
-        UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
-    """
-    wanted = dispatch.requested(backend)
-    return "reference" if wanted == "library" else dispatch.triton_or_reference(x, backend)
 
 
 def _validate(x, weight, bias, norm_weight, norm_bias, stride, padding, dilation, eps) -> tuple:
@@ -104,20 +95,16 @@ def _fake(x, *arguments):
 
 def _flops(x_shape, weight_shape, *shapes, out_shape=None, **kwargs) -> int:
     N, P, Q, K = out_shape
-    return torch.utils.flop_counter.conv_flop_count(x_shape, weight_shape, (N, K, P, Q))
+    return conv_flops(x_shape, weight_shape, out_shape=(N, K, P, Q))
 
 
-def _autograd(*arguments):
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments[:5]):
-        _validate(*arguments[:-1])
-        return _composed(conv_bn_act_op, _norm_op, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _differentiable(*arguments)
+def _with_gradients(*arguments):
+    _validate(*arguments[:-1])
+    return _composed(conv_bn_act_op, _norm_op, *arguments)
 
 
-_infer = dispatch.register(f"depthwise_layer_norm_inference{_SCHEMA}", _body, _fake, flops=_flops)
-_differentiable = dispatch.register(
-    f"depthwise_layer_norm{_SCHEMA}", _body, _fake, autograd=_autograd, flops=_flops
+_differentiable, _infer = composed.register(
+    *("depthwise_layer_norm", _SCHEMA, _body, _fake), with_gradients=_with_gradients, flops=_flops
 )
 
 

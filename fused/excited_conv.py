@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastnets.fused import dispatch
+from fastnets.fused import composed, dispatch
 from fastnets.fused.batch_norm import watched
 from fastnets.fused.chains import joined, put_one_call, sole_readers
 from fastnets.fused.conv import (
-    Options,
     Weights,
     call_conv_bn_act,
     conv_below_autograd,
     conv_bn_act_op,
+    conv_flops,
     implementation_of,
     must_run_stock,
     validate_convolution,
@@ -31,7 +31,7 @@ from fastnets.fused.conv import (
 )
 from fastnets.fused.patterns import CONV_CALLS
 from fastnets.fused.pool import is_channels_last
-from fastnets.fused.preactivation import serves
+from fastnets.fused.preactivation import pointwise_conv, pointwise_options, serves
 from fastnets.fused.squeeze_excite import (
     _differentiable as _excite_op,
 )
@@ -55,33 +55,18 @@ _SCHEMA = (
 MOST_SQUEEZED = 256  # as kernels.squeeze_excite
 
 
-def _options(stride, eps, activation, negative_slope) -> Options:
-    """The convolution's: a 1×1 filter without padding, dilation or groups."""
-    return Options(tuple(stride), (0, 0), (1, 1), 1, eps, activation, negative_slope)
-
-
 def _triton(
     x, weight, bias, mean, var, bn_weight, bn_bias, residual, w1, b1, w2, b2,
     excite_activation, gate, stride, eps, activation, negative_slope,
 ) -> Tensor:  # fmt: skip
-    from fastnets.kernels.conv import conv_bn_act as launch
     from fastnets.kernels.conv_shape import Prologue
     from fastnets.kernels.plane_mean import plane_mean
     from fastnets.kernels.squeeze_excite import gates
 
     means = plane_mean(x, channels_last=is_channels_last(x)).flatten(1)
     found = gates(means, w1.contiguous(), b1, w2.contiguous(), b2, excite_activation, gate)
-    return launch(
-        x,
-        weight if weight.dtype == x.dtype else weight.to(x.dtype),
-        bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype),
-        *(mean, var, bn_weight, bn_bias, residual),
-        stride=stride,
-        eps=eps,
-        activation=activation,
-        negative_slope=negative_slope,
-        prologue=Prologue(gate=found),
-    )
+    layer = (weight, bias, mean, var, bn_weight, bn_bias)
+    return pointwise_conv(x, *layer, residual, stride, eps, activation, negative_slope, Prologue(gate=found))
 
 
 @dispatch.replays(tensors=12)
@@ -89,7 +74,7 @@ def _body(*arguments):
     tensors, options, backend = arguments[:12], arguments[12:-1], arguments[-1]
     _validate(*tensors, *options)
     x, w1 = tensors[0], tensors[8]
-    if x.numel() and w1.shape[0] <= MOST_SQUEEZED and choose(x, backend) == "triton":
+    if x.numel() and w1.shape[0] <= MOST_SQUEEZED and composed.choose(x, backend) == "triton":
         return _triton(*tensors, *options)
     return _composed(_excite_inference, conv_below_autograd, *arguments)
 
@@ -99,17 +84,7 @@ def _composed(excite, convolve, *arguments) -> Tensor:
     x, *convolution, w1, b1, w2, b2 = arguments[:12]
     excite_activation, gate, *options, backend = arguments[12:]
     y = excite(x, w1, b1, w2, b2, excite_activation, gate, backend)
-    return convolve(y, *convolution, *_options(*options), backend)
-
-
-def choose(x: Tensor, backend: str) -> str:
-    """The implementation that serves a call: "triton", or "reference" for the two ops after one another.
-
-    Raises:
-        UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
-    """
-    wanted = dispatch.requested(backend)
-    return "reference" if wanted == "library" else dispatch.triton_or_reference(x, backend)
+    return convolve(y, *convolution, *pointwise_options(*options), backend)
 
 
 def _validate(*arguments) -> tuple:
@@ -123,28 +98,20 @@ def _validate(*arguments) -> tuple:
             "served; call squeeze_excite and conv_bn_act one after the other"
         )
     _validate_excite(x, w1, b1, w2, b2, excite_activation, gate)
-    return validate_convolution(x, Weights(*convolution), residual, _options(*options))
+    return validate_convolution(x, Weights(*convolution), residual, pointwise_options(*options))
 
 
 def _fake(x, *arguments):
     return x.new_empty(_validate(x, *arguments[:-1])).to(memory_format=torch.channels_last)
 
 
-def _flops(x_shape, weight_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return torch.utils.flop_counter.conv_flop_count(x_shape, weight_shape, out_shape)
+def _with_gradients(*arguments):
+    _validate(*arguments[:-1])
+    return _composed(_excite_op, conv_bn_act_op, *arguments)
 
 
-def _autograd(*arguments):
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments[:12]):
-        _validate(*arguments[:-1])
-        return _composed(_excite_op, conv_bn_act_op, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _differentiable(*arguments)
-
-
-_infer = dispatch.register(f"squeeze_excite_conv_bn_act_inference{_SCHEMA}", _body, _fake, flops=_flops)
-_differentiable = dispatch.register(
-    f"squeeze_excite_conv_bn_act{_SCHEMA}", _body, _fake, autograd=_autograd, flops=_flops
+_differentiable, _infer = composed.register(
+    *("squeeze_excite_conv_bn_act", _SCHEMA, _body, _fake), with_gradients=_with_gradients, flops=conv_flops
 )
 
 

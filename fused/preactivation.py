@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastnets.fused import dispatch
+from fastnets.fused import composed, dispatch
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.batch_norm import (
     BATCH_NORMS,
@@ -29,7 +29,9 @@ from fastnets.fused.conv import (
     call_conv_bn_act,
     conv_below_autograd,
     conv_bn_act_op,
+    conv_flops,
     implementation_of,
+    in_dtype_of,
     must_run_stock,
     validate_convolution,
     weights_of,
@@ -43,30 +45,50 @@ _SCHEMA = (
 )
 
 
-def _options(stride, eps, activation, negative_slope) -> Options:
+def pointwise_options(stride, eps, activation, negative_slope) -> Options:
     """The convolution's: a 1×1 filter without padding, dilation or groups."""
     return Options(tuple(stride), (0, 0), (1, 1), 1, eps, activation, negative_slope)
+
+
+def pointwise_conv(
+    x,
+    weight,
+    bias,
+    mean,
+    var,
+    bn_weight,
+    bn_bias,
+    residual,
+    stride,
+    eps,
+    activation,
+    negative_slope,
+    prologue,
+) -> Tensor:
+    """Our kernel for a 1×1 filter, with a ``kernels.conv_shape.Prologue`` over what it loads of x."""
+    from fastnets.kernels.conv import conv_bn_act as launch
+
+    return launch(
+        x,
+        *in_dtype_of(x, weight, bias),
+        *(mean, var, bn_weight, bn_bias, residual),
+        stride=stride,
+        eps=eps,
+        activation=activation,
+        negative_slope=negative_slope,
+        prologue=prologue,
+    )
 
 
 def _triton(
     x, weight, bias, mean, var, bn_weight, bn_bias, residual, x_mean, x_var, x_bn_weight, x_bn_bias,
     x_eps, x_activation, x_negative_slope, stride, eps, activation, negative_slope,
 ) -> Tensor:  # fmt: skip
-    from fastnets.kernels.conv import conv_bn_act as launch
     from fastnets.kernels.conv_shape import Prologue
 
     before = (x_mean, x_var, x_bn_weight, x_bn_bias, x_activation, x_negative_slope, x_eps)
-    return launch(
-        x,
-        weight if weight.dtype == x.dtype else weight.to(x.dtype),
-        bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype),
-        *(mean, var, bn_weight, bn_bias, residual),
-        stride=stride,
-        eps=eps,
-        activation=activation,
-        negative_slope=negative_slope,
-        prologue=Prologue(*before),
-    )
+    layer = (weight, bias, mean, var, bn_weight, bn_bias)
+    return pointwise_conv(x, *layer, residual, stride, eps, activation, negative_slope, Prologue(*before))
 
 
 def _body(
@@ -82,7 +104,7 @@ def _body(
     if call is not None:
         return call(tensors)
     _validate(*tensors, *options)
-    if x.numel() and choose(x, backend) == "triton":
+    if x.numel() and composed.choose(x, backend) == "triton":
         if len(_calls) >= dispatch.KINDS:
             _calls.clear()
         call = _calls[kind] = dispatch.replayed(_triton, options)
@@ -101,18 +123,8 @@ def _composed(
     """The two ops one after the other: what the op means, and its gradient."""
     before = (x_eps, x_activation, x_negative_slope, backend)
     y = normalize(x, None, x_mean, x_var, x_bn_weight, x_bn_bias, None, *before)
-    options = _options(stride, eps, activation, negative_slope)
+    options = pointwise_options(stride, eps, activation, negative_slope)
     return convolve(y, weight, bias, mean, var, bn_weight, bn_bias, residual, *options, backend)
-
-
-def choose(x: Tensor, backend: str) -> str:
-    """The implementation that serves a call: "triton", or "reference" for the two ops after one another.
-
-    Raises:
-        UnsupportedByBackend: a backend was asked for by name and cannot serve the call.
-    """
-    wanted = dispatch.requested(backend)
-    return "reference" if wanted == "library" else dispatch.triton_or_reference(x, backend)
 
 
 def _validate(
@@ -136,7 +148,8 @@ def _validate(
             raise ValueError(f"bn_act_conv_bn_act: {name} is on {vector.device}, x on {x.device}; move one")
     activation_of(x_activation)
     weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
-    return validate_convolution(x, weights, residual, _options(stride, eps, activation, negative_slope))
+    options = pointwise_options(stride, eps, activation, negative_slope)
+    return validate_convolution(x, weights, residual, options)
 
 
 def _fake(x, *arguments):
@@ -144,16 +157,9 @@ def _fake(x, *arguments):
     return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
-def _flops(x_shape, weight_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return torch.utils.flop_counter.conv_flop_count(x_shape, weight_shape, out_shape)
-
-
-def _autograd(*args):
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:12]):
-        _validate(*args[:-1])
-        return _composed(bn_add_act_op, conv_bn_act_op, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _differentiable(*args)
+def _with_gradients(*arguments):
+    _validate(*arguments[:-1])
+    return _composed(bn_add_act_op, conv_bn_act_op, *arguments)
 
 
 def _autocast(x, *arguments):
@@ -168,12 +174,10 @@ def _autocast(x, *arguments):
         return op(x, *arguments[:6], residual, *arguments[7:])
 
 
-_infer = dispatch.register(
-    "bn_act_conv_bn_act_inference" + _SCHEMA, _body, _fake, autocast=_autocast, flops=_flops
-)
-_differentiable = dispatch.register(
-    "bn_act_conv_bn_act" + _SCHEMA, _body, _fake, autograd=_autograd, autocast=_autocast, flops=_flops
-)
+_differentiable, _infer = composed.register(
+    *("bn_act_conv_bn_act", _SCHEMA, _body, _fake),
+    with_gradients=_with_gradients, autocast=_autocast, flops=conv_flops,
+)  # fmt: skip
 
 
 def bn_act_conv_bn_act(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from fastnets.fused import dispatch
+from fastnets.fused import composed, dispatch
 from fastnets.fused.batch_norm import has_hooks, watched
 from fastnets.fused.chains import joined, put_one_call, sole_readers
 from fastnets.fused.pool import _max_differentiable, _max_fake, _max_infer, _windows, call_pool2d
@@ -68,17 +68,13 @@ def _fake(x, *arguments):
     return y.to(memory_format=torch.channels_last)
 
 
-def _autograd(x, *arguments):
-    if torch.is_grad_enabled() and x.requires_grad:
-        _validate(x, arguments[0])
-        return _composed(_norm_differentiable, _max_differentiable, x, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _differentiable(x, *arguments)
+def _with_gradients(x, *arguments):
+    _validate(x, arguments[0])
+    return _composed(_norm_differentiable, _max_differentiable, x, *arguments)
 
 
-_infer = dispatch.register(f"local_response_norm_max_pool_inference{_SCHEMA}", _body, _fake)
-_differentiable = dispatch.register(
-    f"local_response_norm_max_pool{_SCHEMA}", _body, _fake, autograd=_autograd
+_differentiable, _infer = composed.register(
+    "local_response_norm_max_pool", _SCHEMA, _body, _fake, with_gradients=_with_gradients
 )
 
 
