@@ -32,7 +32,7 @@ from fastnets.fused.conv import (
 )
 from fastnets.fused.conv import implementation_of as conv_implementation_of
 from fastnets.fused.onednn import activate_in_place, channels_last
-from fastnets.fused.pool import call_pool2d
+from fastnets.fused.pool import call_pool2d, pair
 
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, "
@@ -263,24 +263,20 @@ def _is_small_on_cpu(pool, conv, act, x: Tensor, backend: str) -> bool:
     )
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-
-
 def _window(pool: nn.Module) -> tuple[int, int]:
-    return _pair(pool.kernel_size)
+    return pair(pool.kernel_size)
 
 
 def serves(conv: nn.Conv2d, pool: nn.Module) -> bool:
     """Whether the convolution and the pooling are of those that one launch does."""
-    if type(pool) not in (nn.MaxPool2d, nn.AvgPool2d) or pool.ceil_mode or _pair(pool.padding) != (0, 0):
+    if type(pool) not in (nn.MaxPool2d, nn.AvgPool2d) or pool.ceil_mode or pair(pool.padding) != (0, 0):
         return False
-    if type(pool) is nn.MaxPool2d and (pool.return_indices or _pair(pool.dilation) != (1, 1)):
+    if type(pool) is nn.MaxPool2d and (pool.return_indices or pair(pool.dilation) != (1, 1)):
         return False
     if type(pool) is nn.AvgPool2d and pool.divisor_override is not None:
         return False
     window = _window(pool)
-    if _pair(pool.stride) != window or not 1 < window[0] * window[1] <= MOST_ELEMENTS:
+    if pair(pool.stride, window) != window or not 1 < window[0] * window[1] <= MOST_ELEMENTS:
         return False
     plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     few = conv.in_channels <= MOST_CHANNELS and conv.out_channels <= MOST_OUTPUTS

@@ -302,11 +302,13 @@ def _stock_serves(x: object, backend: str) -> bool:
     return dispatch.leaves_to_stock(x, backend)
 
 
-def _pair(value, otherwise=None) -> list[int]:
-    """Two ints from an int or a sequence, as PyTorch reads such arguments."""
+def pair(value, otherwise=None) -> tuple[int, int]:
+    """Two ints from an int or a sequence, as PyTorch reads such arguments; ``otherwise`` for none."""
     if value is None or (isinstance(value, tuple | list) and not value):
-        return list(otherwise)
-    return [value, value] if isinstance(value, int) else [*value, *value] if len(value) == 1 else list(value)
+        return otherwise
+    if not isinstance(value, tuple | list):
+        return value, value
+    return (*value, *value) if len(value) == 1 else tuple(value)
 
 
 def _output_size(size, x: Tensor) -> list[int]:
@@ -344,8 +346,8 @@ def max_pool2d(
 
     if _stock_serves(x, backend):
         return stock()
-    k = _pair(kernel_size)
-    arguments = (None, k, _pair(stride, k), _pair(padding), _pair(dilation), ceil_mode, backend)
+    k = pair(kernel_size)
+    arguments = (None, k, pair(stride, k), pair(padding), pair(dilation), ceil_mode, backend)
     return _run(x, stock, _max_infer, _max_differentiable, arguments)
 
 
@@ -368,8 +370,8 @@ def avg_pool2d(
 
     if _stock_serves(x, backend) or divisor_override == 0:
         return stock()
-    k = _pair(kernel_size)
-    geometry = (None, k, _pair(stride, k), _pair(padding), [1, 1], ceil_mode)
+    k = pair(kernel_size)
+    geometry = (None, k, pair(stride, k), pair(padding), (1, 1), ceil_mode)
     arguments = (*geometry, count_include_pad, divisor_override or 0, backend)
     return _run(x, stock, _average_infer, _average_differentiable, arguments)
 

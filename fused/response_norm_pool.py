@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fastnets.fused import composed, dispatch
 from fastnets.fused.batch_norm import has_hooks, watched
 from fastnets.fused.chains import joined, put_one_call, sole_readers
-from fastnets.fused.pool import _max_differentiable, _max_fake, _max_infer, _windows, call_pool2d
+from fastnets.fused.pool import _max_differentiable, _max_fake, _max_infer, _windows, call_pool2d, pair
 from fastnets.fused.response_norm import _differentiable as _norm_differentiable
 from fastnets.fused.response_norm import _infer as _norm_infer
 from fastnets.fused.response_norm import _validate as _validate_norm
@@ -133,18 +133,15 @@ def _in_one_launch(norm, pool, x, backend) -> bool:
 
 
 def _geometry(pool: nn.MaxPool2d) -> tuple[tuple[int, int], ...]:
-    return tuple(map(_pair, (pool.kernel_size, pool.stride, pool.padding, pool.dilation)))
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    window = pair(pool.kernel_size)
+    return window, pair(pool.stride, window), pair(pool.padding), pair(pool.dilation)
 
 
 def serves(norm: nn.Module, pool: nn.Module) -> bool:
     """Whether norm and pooling are of those that one launch does."""
     if type(norm) is not nn.LocalResponseNorm or type(pool) is not nn.MaxPool2d or pool.return_indices:
         return False
-    R, S = _pair(pool.kernel_size)
+    R, S = pair(pool.kernel_size)
     return R * S <= MOST_ELEMENTS
 
 

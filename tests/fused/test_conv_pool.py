@@ -134,6 +134,18 @@ def test_other_layers_stay_apart(conv, pool):
     assert "call_conv_act_pool" not in graphs(fast)
 
 
+@pytest.mark.parametrize("size, stride", [((2,), None), ([2], (2,)), (2, ()), ((2, 2), [2, 2])])
+def test_sizes_are_read_as_pytorch_reads_them(size, stride):
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(size, stride), nn.LocalResponseNorm(3))
+    stock = settled(nn.Sequential(*layers, nn.MaxPool2d(size, stride)))
+    fast = fastnets.optimize(stock)
+    assert kinds(fast) == ["conv+relu+pool", "response norm+pool"]
+    assert_same_answers(stock, fast, images(2, 3, 14, 14))
+    with dispatch.assume_device_type("cuda"):
+        ops = count(copy.deepcopy(fast).to("meta"), torch.empty(4, 3, 14, 14, device="meta")).by_op
+    assert {"triton.conv_pool_kernel", "triton.response_norm_pool_kernel"} <= set(ops)
+
+
 @pytest.mark.parametrize("name", ["lenet5", "lenet5_relu"])
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_small_networks_on_the_cpu_are_stocks_functions(name, batch):
