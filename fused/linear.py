@@ -24,6 +24,7 @@ from fastnets.fused import dispatch, onednn, packing
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.activation import recognise
 from fastnets.fused.batch_norm import has_hooks, in_transform, is_inference, watched
+from fastnets.fused.linear_backward import gradient_backend, gradient_of_product, matrix_product
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? residual, str activation, "
@@ -304,79 +305,6 @@ _training = dispatch.register(
 )
 
 
-def _backward_body(dy, saved, layer_scale, activation, negative_slope, dtype, wants_bias, backend):
-    """(dz, Σ dz over rows, Σ dy · act(z) over rows), the sums in fp32 and empty where nobody asks."""
-    N = dy.shape[-1]
-    if backend == "triton" and dy.numel():
-        from fastnets.kernels.linear_backward import activation_gradient
-
-        return activation_gradient(
-            dy, saved, layer_scale, activation=activation, negative_slope=negative_slope, dtype=dtype,
-            bias_sums=wants_bias,
-        )  # fmt: skip
-    entry = activation_of(activation)
-    none = dy.new_empty(0, dtype=torch.float32)
-    rows = tuple(range(dy.dim() - 1))
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    dscale = none
-    dact = dy
-    if layer_scale is not None:
-        product = dy * entry.forward(saved, negative_slope)
-        dscale = product.sum(rows, dtype=wide) if rows else product.to(wide)
-        dact = dy * layer_scale
-    dz = entry.backward(dact.to(dtype), saved, negative_slope)
-    if activation == "none":
-        dz = dz.clone()  # an op's result is no input
-    dbias = none
-    if wants_bias:
-        dbias = dz.sum(rows, dtype=wide) if rows else dz.to(wide)
-    return dz.view(-1, N) if dz.is_contiguous() else dz.reshape(-1, N).contiguous(), dbias, dscale
-
-
-def _backward_fake(dy, saved, layer_scale, activation, negative_slope, dtype, wants_bias, backend):
-    N = dy.shape[-1]
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    rows = dy.numel() // N if N else 0
-    sums = [dy.new_empty(N if asked else 0, dtype=wide) for asked in (wants_bias, layer_scale is not None)]
-    return dy.new_empty((rows, N), dtype=dtype), *sums
-
-
-_backward = dispatch.register(
-    "linear_act_backward(Tensor dy, Tensor saved, Tensor? layer_scale, str activation, float negative_slope, "
-    "ScalarType dtype, bool wants_bias, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward_body,
-    _backward_fake,
-)
-
-
-def _matrix_product_body(x, weight, dtype, backend):
-    if backend == "triton" and x.numel() and weight.numel():
-        from fastnets.kernels.linear import matrix_product as launch
-
-        return launch(x, weight, dtype=dtype)[0]
-    return torch.mm(x, weight.t()).to(dtype)
-
-
-_matrix_product = dispatch.register(
-    "matrix_product(Tensor x, Tensor weight, ScalarType dtype, str backend) -> Tensor",
-    _matrix_product_body,
-    lambda x, weight, dtype, backend: x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
-    flops=lambda x, weight, *args, out_shape=None, **kwargs: 2 * math.prod(x) * weight[0],
-)
-
-
-def gradient_backend(x: Tensor, backend: str) -> tuple[str, str]:
-    """What serves (the pass over dy, the two products of the backward): "triton" or "reference" each.
-
-    The products are the vendor's unless ours are asked for by name: they have no epilogue to save a pass.
-    """
-    wanted = dispatch.requested(backend)
-    ours = dispatch.ours_take((x.dtype,), wanted)
-    if wanted in ("triton", "reference"):
-        return wanted, wanted
-    return ("triton" if ours and dispatch.device_type_of(x) == "cuda" else "reference"), "reference"
-
-
 class _LinearAct(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, layer_scale, residual, activation, negative_slope, backend):
@@ -407,14 +335,14 @@ class _LinearAct(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, wants_scale, wants_residual = ctx.needs_input_grad[:5]
         dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
         passes, products = gradient_backend(x, ctx.backend)
-        dz, dbias, dscale = _gradient_of_product(
+        dz, dbias, dscale = gradient_of_product(
             dy, saved, layer_scale, *ctx.options, x.dtype, wants_bias, passes
         )
         dx = dweight = None
         if wants_x:
-            dx = _matrix_product(dz, weight.to(dz.dtype).t(), x.dtype, products).view(x.shape)
+            dx = matrix_product(dz, weight.to(dz.dtype).t(), x.dtype, products).view(x.shape)
         if wants_weight:
-            dweight = _matrix_product(dz.t(), x.reshape(-1, x.shape[-1]).t(), weight.dtype, products)
+            dweight = matrix_product(dz.t(), x.reshape(-1, x.shape[-1]).t(), weight.dtype, products)
         return (
             dx,
             dweight,
@@ -425,16 +353,6 @@ class _LinearAct(torch.autograd.Function):
         )
 
 
-def _gradient_of_product(
-    dy, saved, layer_scale, activation, negative_slope, dtype, wants_bias, passes
-):  # fmt: skip
-    """dz [M, N], and the sums that were asked for; nothing is copied where dz is dy."""
-    if saved is None:
-        dz = dy.reshape(-1, dy.shape[-1]).to(dtype)
-        return dz, (dz.sum(0) if wants_bias else None), None
-    return _backward(dy, saved, layer_scale, activation, negative_slope, dtype, wants_bias, passes)
-
-
 def _autograd(*arguments):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
         packing.forget(arguments[1])
@@ -443,14 +361,9 @@ def _autograd(*arguments):
         return _differentiable(*arguments)
 
 
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
-
 def _autocast(x, weight, bias, *arguments):
     """Casts what autocast would: x, and weight and bias where they are used."""
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+    with torch._C._ExcludeDispatchKeyGuard(dispatch.AUTOCAST_KEYS):
         if x.is_floating_point() and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
