@@ -9,8 +9,6 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -68,30 +66,18 @@ def _triton(
     )
 
 
-def _body(
-    x, weight, bias, mean, var, bn_weight, bn_bias,
-    stride, padding, dilation, eps, activation, negative_slope, maximum, window, backend,
-):  # fmt: skip
-    tensors = (x, weight, bias, mean, var, bn_weight, bn_bias)
-    geometry = (tuple(stride), tuple(padding), tuple(dilation))
-    options = (*geometry, eps, activation, negative_slope, maximum, tuple(window))
-    kind = dispatch.kind_of(tensors, (*options, dispatch.requested(backend), dispatch.device_type_of(x)))
-    call = _calls.get(kind)
-    if call is not None:
-        return call(tensors)
+@dispatch.replays(tensors=7)
+def _body(*arguments):
+    tensors, options, backend = arguments[:7], arguments[7:-1], arguments[-1]
     _validate(*tensors, *options)
+    x, weight, bias, mean, var, bn_weight, bn_bias = tensors
     if x.numel() and composed.choose(x, backend) == "triton":
-        if len(_calls) >= dispatch.KINDS:
-            _calls.clear()
-        call = _calls[kind] = dispatch.replayed(_triton, options)
-        return call(tensors)
-    y = F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *options[:3])
+        return _triton(*tensors, *options)
+    *geometry, eps, activation, negative_slope, maximum, window = options
+    y = F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *geometry)
     if mean is not None:
         y = F.batch_norm(y, mean, var, bn_weight, bn_bias, False, 0.0, eps)
     return channels_last(_pooled(activation_of(activation).forward(y, negative_slope), maximum, window))
-
-
-_calls: dict[tuple, Callable] = {}
 
 
 def _validate(

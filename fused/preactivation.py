@@ -91,28 +91,14 @@ def _triton(
     return pointwise_conv(x, *layer, residual, stride, eps, activation, negative_slope, Prologue(*before))
 
 
-def _body(
-    x, weight, bias, mean, var, bn_weight, bn_bias, residual, x_mean, x_var, x_bn_weight, x_bn_bias,
-    x_eps, x_activation, x_negative_slope, stride, eps, activation, negative_slope, backend,
-):  # fmt: skip
-    tensors = (
-        x, weight, bias, mean, var, bn_weight, bn_bias, residual, x_mean, x_var, x_bn_weight, x_bn_bias
-    )  # fmt: skip
-    options = (x_eps, x_activation, x_negative_slope, tuple(stride), eps, activation, negative_slope)
-    kind = dispatch.kind_of(tensors, (*options, dispatch.requested(backend), dispatch.device_type_of(x)))
-    call = _calls.get(kind)
-    if call is not None:
-        return call(tensors)
+@dispatch.replays(tensors=12)
+def _body(*arguments):
+    tensors, options, backend = arguments[:12], arguments[12:-1], arguments[-1]
     _validate(*tensors, *options)
+    x = tensors[0]
     if x.numel() and composed.choose(x, backend) == "triton":
-        if len(_calls) >= dispatch.KINDS:
-            _calls.clear()
-        call = _calls[kind] = dispatch.replayed(_triton, options)
-        return call(tensors)
-    return _composed(bn_add_act_inference, conv_below_autograd, *tensors, *options, backend)
-
-
-_calls: dict = {}
+        return _triton(*tensors, *options)
+    return _composed(bn_add_act_inference, conv_below_autograd, *arguments)
 
 
 def _composed(
