@@ -25,6 +25,7 @@ from fastnets.fused.batch_norm_training import (
     uses_batch_statistics,
 )
 from fastnets.fused.synchronize import group_of
+from fastnets.kernels.recording import is_seen_by_modes
 
 _SCHEMA = (
     "(Tensor x, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, Tensor? bn_bias, "
@@ -238,7 +239,7 @@ def watched(x: Tensor) -> bool:
     """Whether anything wants to see the op itself: a compiler, a tracer, autocast or a dispatch mode."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or is_seen_by_modes()
         or x.__class__ is not Tensor
         or x.is_meta
         or torch.is_autocast_enabled(x.device.type)
@@ -258,7 +259,7 @@ def is_unobserved(x: object) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not torch.is_grad_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_seen_by_modes()
         and torch._C._get_tracing_state() is None
         and not _has_any_global_hook()
         and not in_transform()

@@ -352,9 +352,9 @@ try:
     _one = torch.empty(1, device="cpu")
     _guard = _guards.TensorGuards(_one, dynamic_dims_sizes=[[1]], dynamic_dims_strides=[[1]])
     # Ranges are around what the dispatcher calls.
-    _REMEMBERS = _guard.check(_one) and not _guard.check(_one.double()) and not IN_RANGES
+    REMEMBERS = _guard.check(_one) and not _guard.check(_one.double()) and not IN_RANGES
 except (ImportError, AttributeError, TypeError, SystemError):  # not a public name
-    _REMEMBERS = False
+    REMEMBERS = False
 
 
 class Memory(dict):
@@ -365,7 +365,7 @@ class Memory(dict):
 
     def keep(self, key: object, call: object, tensors: tuple[Tensor | None, ...], options: tuple) -> None:
         """Remember a ``kernels.replay.Replayed``, once it knows what it repeats."""
-        if _REMEMBERS and call is not None and (call.never or call.program is not None):
+        if REMEMBERS and call is not None and (call.never or call.program is not None):
             if len(self) >= KINDS:
                 self.clear()
             self[key] = Remembered(call, tensors, options)

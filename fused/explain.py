@@ -21,6 +21,7 @@ from fastnets.fused import (
     pool,
     response_norm,
     squeeze_excite,
+    whole_forward,
 )
 from fastnets.fused.activation import is_activation, recognise
 from fastnets.fused.attention import implementation_of as implementation_of_attention
@@ -178,6 +179,8 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
     blueprint = blueprint_of(type(model))
     if blueprint is not None and blueprint.recipe.replays:
         notes.append(cuda_graphs.describe(model))
+    if remark := whole_forward.describe(model):
+        notes.append(remark)
     report = Report(f"{type(model).__name__}", rows, notes=notes)
     counted = [row for row in rows if row.counts]
     report.coverage_by["layers"] = _share(counted, "layers")

@@ -194,13 +194,17 @@ def _body(x, weight, bias, layer_scale, residual, activation, negative_slope, ba
     if on_cpu and x.dim():
         rows = math.prod(x.shape[:-1])
         added = residual is not None and (residual.shape == (*x.shape[:-1], weight.shape[0]), residual.dtype)
+        # A scale that the network views or computes is another tensor at each call.
+        kept, given = layer_scale, None
+        if layer_scale is not None and layer_scale.__class__ is not nn.Parameter:
+            kept, given = None, layer_scale
         key = (
             "linear", rows, x.shape[-1], x.dtype, x.device, added, activation, negative_slope, backend,
-            wanted, torch._C._get_mkldnn_enabled(), x.is_meta,
+            wanted, torch._C._get_mkldnn_enabled(), x.is_meta, given is None,
         )  # fmt: skip
-        prepared = packing.lookup(weight, key, (bias, layer_scale))
+        prepared = packing.lookup(weight, key, (bias, kept))
         if prepared is not None:
-            return prepared.run(x, residual)
+            return prepared.run(x, residual, given)
     _validate(x, weight, bias, layer_scale, residual, activation)
     implementation = choose(x, weight, extra, activation, backend, wanted)
     arguments = (x, weight, bias, layer_scale, residual, activation, negative_slope)
@@ -212,13 +216,13 @@ def _body(x, weight, bias, layer_scale, residual, activation, negative_slope, ba
         return _vendor(*arguments)
     if x.is_meta:
         return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=_result_dtype(x, layer_scale, residual))
-    sources = (weight, bias, layer_scale)
+    sources = (weight, bias, kept)
     keep = packing.may_keep(sources)
     cast = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    run = onednn.prepare_linear(rows, *cast, layer_scale, activation, negative_slope, keep)
+    run = onednn.prepare_linear(rows, *cast, kept, activation, negative_slope, keep)
     if keep:
         packing.keep(weight, packing.Prepared(key, run, weight, sources[1:]))
-    return run(x, residual)
+    return run(x, residual, given)
 
 
 def _validate(x, weight, bias, layer_scale, residual, activation) -> None:

@@ -20,6 +20,7 @@ from fastnets.fused.batch_norm import has_hooks, is_unobserved
 from fastnets.fused.chains import Fusion
 from fastnets.fused.linear import SMALL_ON_CPU, call_linear_act, linear_act
 from fastnets.fused.transformer_patterns import call_linear_scale_add
+from fastnets.kernels.recording import is_seen_by_modes
 
 _SCHEMA = "(Tensor x, Tensor[] weights, Tensor?[] biases, str[] activations, str backend) -> Tensor"
 _LAYERS, _WIDEST = (2, 3), 128  # as kernels.linear_chain, which is not imported before it is needed
@@ -201,7 +202,7 @@ def _served_as_one(flatten, linears, acts, x, flattens, backend) -> str:
 
 def _unobserved(x: Tensor) -> bool:
     """As ``is_unobserved``; modes that count may look on."""
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if not is_seen_by_modes():
         return is_unobserved(x) and not torch.is_autocast_enabled(x.device.type)
     return x.is_meta
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastnets.fused import packing
+from fastnets.fused import packing, whole_forward
 from fastnets.fused.activation import recognise
 from fastnets.fused.capture import (
     Captured,
@@ -493,15 +493,18 @@ class Rewritten:
 
     def train(self, mode: bool = True):
         packing.bump()
+        whole_forward.forget(self)
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):
         packing.bump()
         forget(self)  # and free what its graphs read, which may be on its way to another device
+        whole_forward.forget(self)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
         packing.bump()
+        whole_forward.forget(self)
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -669,6 +672,7 @@ def _generate(
     if THEN_ADD in scope:
         attributes[THEN_ADD] = scope[THEN_ADD]
     if recipe.splits_batches:
+        forward = whole_forward.by_program(forward, runs_known_code)
         forward = in_chunks(
             forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls) or is_dropout_class(cls)
         )
@@ -745,6 +749,26 @@ def without_rewrite(cls: type) -> type:
             cls.__name__, tuple(map(without_rewrite, cls.__bases__)), attributes
         )
     return stock
+
+
+_KNOWN_CODE = ("torch", "fastnets", "_operator", "operator", "builtins", "math")
+
+
+def runs_known_code(module: nn.Module) -> bool:
+    """Whether a call of this module alone, in evaluation mode, runs no code but PyTorch's and ours."""
+    cls = type(module)
+    blueprint = blueprint_of(cls)
+    if blueprint is None and (is_stock(cls) or is_dropout_class(cls)):
+        return True
+    if blueprint is None:  # nothing in it was there to fuse
+        found = [v for condition, v in capture_variants(module).items() if not condition.training]
+    elif not blueprint.variants:  # a forward that we have written, see known_forwards and give_between_blocks
+        return "_fastnets" in vars(cls)
+    else:
+        found = variants_in_force(module)
+    graphs = [variant.captured.graph for variant in found if variant.captured is not None]
+    functions = [node.target for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    return bool(graphs) and all((f.__module__ or "").split(".")[0] in _KNOWN_CODE for f in functions)
 
 
 def variants_in_force(module: nn.Module) -> list[Variant]:
