@@ -374,6 +374,29 @@ def _excited_convolution(C, squeezed, K, size):
     return make
 
 
+def _shortcut_convolution(C, K, channels, size, step):
+    def function(x, weight, shortcut_x, shortcut_weight, *vectors, backend):
+        names = ("mean", "var", "bn_weight", "bn_bias")
+        of_shortcut = {f"shortcut_{name}": t for name, t in zip(names, vectors[4:])}
+        return fused.conv_shortcut(
+            x, weight, None, *vectors[:4], shortcut_x=shortcut_x, shortcut_weight=shortcut_weight,
+            shortcut_stride=(step, step), activation="relu", backend=backend, **of_shortcut,
+        )  # fmt: skip
+
+    def make(inputs: Inputs, N: int) -> Call:
+        affine = [(1 + inputs.normal(K, scale=0.1), inputs.normal(K, scale=0.1)) for _ in range(2)]
+        tensors = (
+            inputs.normal(N, C, size, size),
+            inputs.weight(K, C, 1, 1),
+            inputs.normal(N, channels, step * size, step * size),
+            inputs.weight(K, channels, 1, 1),
+            *(*inputs.statistics(K), *affine[0], *inputs.statistics(K), *affine[1]),
+        )
+        return Call(function, tensors, learns=(0, 1, 2, 3, 6, 7, 10, 11))
+
+    return make
+
+
 def _response_norm(function, C, size, **options):
     def make(inputs: Inputs, N: int) -> Call:
         options_of_alexnet = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0, **options}
@@ -397,6 +420,11 @@ def _depthwise_norm(C, size):
 
 
 _add("squeeze-excite 672/28 + conv 1x1 112 @14", "squeeze-excite", _excited_convolution(672, 28, 112, 14))
+_add(
+    "conv 1x1 128 to 512 @28 + shortcut 1x1/2 of 256",
+    "conv + shortcut",
+    _shortcut_convolution(128, 512, 256, 28, 2),
+)
 _add("response norm 96 @55", "response norm", _response_norm(fused.local_response_norm, 96, 55))
 _add(
     "response norm 256 @27 + max pool 3x3/2",

@@ -28,6 +28,7 @@ from fastnets.fused.preactivation import bn_act_conv_bn_act
 from fastnets.fused.response_norm import LocalResponseNorm, local_response_norm
 from fastnets.fused.response_norm_pool import local_response_norm_max_pool
 from fastnets.fused.rope import apply_rope
+from fastnets.fused.shortcut_conv import conv_shortcut
 from fastnets.fused.squeeze_excite import SqueezeExcite
 from fastnets.fused.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
@@ -65,6 +66,7 @@ __all__ = [
     "bn_add_act",
     "conv_act_pool",
     "conv_bn_act",
+    "conv_shortcut",
     "depthwise_layer_norm",
     "distillation_loss",
     "gated_act",

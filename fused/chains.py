@@ -41,12 +41,14 @@ class Fusion:
         kind: what is fused, as in "conv+bn+add+relu".
         layers: (role, path) of the modules; none where the network calls functions only.
         activation: the name of the activation in it, "none" where there is none.
+        joins: path of the layer whose call computes this one's, too, where our kernels run.
     """
 
     family: str
     kind: str
     layers: tuple[tuple[str, str], ...] = ()
     activation: str = "none"
+    joins: str = ""
 
     @property
     def head(self) -> str:
@@ -233,12 +235,14 @@ def sole_readers(
             yield node, read
 
 
-def put_one_call(call: Callable, arguments: tuple, nodes: tuple[fx.Node, ...]) -> None:
-    """Let ``call(*arguments)`` take the place of the nodes: first the one whose value it makes, then what
-    only that one needs, readers before what they read."""
+def put_one_call(
+    call: Callable, arguments: tuple, nodes: tuple[fx.Node, ...], options: dict | None = None
+) -> None:
+    """Let ``call(*arguments, **options)`` take the place of the nodes: first the one whose value it makes,
+    then what only that one needs, readers before what they read."""
     last, graph = nodes[0], nodes[0].graph
     with graph.inserting_before(last):
-        fused = graph.call_function(call, arguments)
+        fused = graph.call_function(call, arguments, options)
     last.replace_all_uses_with(fused)
     for node in nodes:
         graph.erase_node(node)

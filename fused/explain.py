@@ -274,6 +274,8 @@ class _Rows:
         row = Row(path, fusion.kind, not reason, "stock", reason, len(parts), counts)
         if not reason:
             row.implementation = self._implementation(path, fusion, module, layers)
+            if fusion.joins and row.implementation == "triton":
+                row.implementation = f"triton, with {_join(prefix, fusion.joins)}"
         if fusion.family == "attention" and head is None:
             row.flops, row.bytes = self.shapes.attention_cost(path)
         elif fusion.family not in ("block", *_OF_NO_LAYER):

@@ -60,6 +60,7 @@ from fastnets.fused.memory import in_chunks
 from fastnets.fused.ownership import run_in_sequence
 from fastnets.fused.patterns import is_batch_norm, is_convolution, join_preactivations, mark_dying_residuals
 from fastnets.fused.response_norm_pool import join_response_norms
+from fastnets.fused.shortcut_conv import join_shortcuts
 from fastnets.fused.training_graph import link, shows_input
 from fastnets.fused.transformer_patterns import (
     ending_in_addition,
@@ -272,6 +273,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             variant.fusions = join_linear_chains(graph, modules, variant.fusions)
             variant.fusions += grow_in_place(graph, recipe.backend)
             variant.overwrites = mark_dying_residuals(graph, modules)
+            variant.fusions = join_shortcuts(graph, modules, variant.fusions)
         variant.source, variant.namespace = _source_of(graph)
         if (adding := ending_in_addition(graph, module)) is not None:
             variant.source_then_add, more = _source_of(adding)

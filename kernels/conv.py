@@ -13,6 +13,9 @@ the edge. B is the weight. In channels-last memory both are runs of channels, lo
 it adds is one shift for all rows (a scalar), and one bit per row that says whether the tap is inside the
 image. A 1×1 filter drops even these.
 
+Where the residual is a convolution, a block's 1×1 *shortcut*, the same program computes it, in an accumulator
+of its own: it is never stored.
+
 ``conv_reduce_kernel`` is the second half of split-K: where the tiles are too few to fill the GPU, SPLIT_K
 programs share the columns of each, and their fp32 partial sums are added here, always in the same order.
 
@@ -34,12 +37,16 @@ import triton.language as tl
 from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_configs import (
     checked_prologue,
+    checked_shortcut,
     choose_config,
     config_for,
+    holds_shortcut,
     kernel_configs,
     kernel_of,
     reduce_config,
     representative,
+    shortcut_pays,
+    why_no_shortcut,
 )
 from fastnets.kernels.conv_shape import (
     NO_STATISTICS,
@@ -47,37 +54,46 @@ from fastnets.kernels.conv_shape import (
     ConvCall,
     ConvPlan,
     Prologue,
+    Shortcut,
     ceil_div,
     conv_call,
+    convolution_shape,
     pixel_pitch,
+    product_precision,
+    span,
+    stepping,
+    vector_width,
 )
 from fastnets.kernels.conv_tile import (
     aligned,
     channel_vectors,
     finish_tile,
     normalized,
+    normalized_sums,
     tile_of_program,
     window_origin,
     within,
 )
-from fastnets.kernels.device import Device
-from fastnets.kernels.launch import Config, RepresentativeCall, launch
+from fastnets.kernels.device import Device, current_device
+from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
 
-__all__ = ["choose_config", "configs", "conv_bn_act", "representative_calls"]
+__all__ = ["choose_config", "configs", "conv_bn_act", "joins_shortcut", "representative_calls"]
 
 
-@triton.jit(do_not_specialize=(*SIZES, "C"))
+@triton.jit(do_not_specialize=(*SIZES, "C", "s_C", "s_n", "s_h", "s_w"))
 def conv_kernel(
     x, weight, y, bias, running_mean, running_var, bn_weight, bn_bias, residual,
     M, C, H, W, K, P, Q, y_pitch,
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s,
     residual_n, residual_k, residual_p, residual_q, eps, negative_slope,
     mean, m2, count, x_mean, x_rstd, x_bn_weight, x_bn_bias, x_slope, x_eps, x_gate,
+    s_x, s_weight, s_bias, s_mean, s_var, s_bn_weight, s_bn_bias, s_C, s_n, s_h, s_w, s_eps,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     VECTOR_X: tl.constexpr, VECTOR_WEIGHT: tl.constexpr, VECTOR_Y: tl.constexpr,
     EVEN_C: tl.constexpr, FLAT_X: tl.constexpr, FLAT_WEIGHT: tl.constexpr, DENSE_RESIDUAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, X_ACTIVATION: tl.constexpr,
+    S_STRIDE_H: tl.constexpr, S_STRIDE_W: tl.constexpr, VECTOR_S: tl.constexpr, EVEN_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +103,7 @@ def conv_kernel(
     [SPLIT_K, M, y_pitch] of partial sums.
 
     mean, m2, count: where the statistics of the tile's rows go, or None. x_mean to x_gate: how x is
-    normalised or gated while it is loaded, or None (see ``Prologue``).
+    normalised or gated while it is loaded, or None (see ``Prologue``). s_*: the ``Shortcut``, or None.
 
     VECTOR_*: elements of an aligned vector access. EVEN_C: C is a multiple of BLOCK_K. FLAT_X: windows are
     single pixels in one run, x_w apart. FLAT_WEIGHT: each filter is one run of R·S·C. WIDE: offsets need 64
@@ -213,6 +229,18 @@ def conv_kernel(
     statistics = None
     if mean is not None:
         statistics = (mean, m2, count, tile_m, M)
+    if s_x is not None:
+        tl.static_assert(SPLIT_K == 1, "a share of the columns cannot be normalised")
+        outputs = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = normalized_sums(acc, outputs, outputs < K, vectors, eps)
+        of_shortcut = (s_C, s_n, s_h, s_w)
+        more = _shortcut_product(
+            s_x, s_weight, tl.minimum(m, M - 1), k.to(INDEX), P, Q, of_shortcut,
+            S_STRIDE_H, S_STRIDE_W, VECTOR_S, EVEN_S, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, INDEX,
+        )  # fmt: skip
+        of_bn = (s_bias, s_mean, s_var, s_bn_weight, s_bn_bias)
+        acc += normalized_sums(more, outputs, outputs < K, of_bn, s_eps)
+        vectors = (None, None, None, None, None)
     if SPLIT_K > 1:
         # Partial sums go to the workspace as they are; conv_reduce_kernel finishes them.
         y += tl.program_id(2).to(INDEX) * M * y_pitch
@@ -225,6 +253,45 @@ def conv_kernel(
             acc, m, m < M, tile_n * BLOCK_N, K, group * K, y, y_pitch, vectors, eps, added, negative_slope,
             VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES, statistics,
         )  # fmt: skip
+
+
+@triton.jit
+def _shortcut_product(
+    x, weight, m, k, P, Q, sizes,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Of a 1×1 convolution, the tile of output pixels m and filters k, all inside. sizes: (C, n, h, w), of
+    which the last three are strides of x. EVEN: C is a multiple of BLOCK_K."""
+    C, x_n, x_h, x_w = sizes
+    C = aligned(C, VECTOR, tl.int32)
+    x_n = aligned(x_n, VECTOR, INDEX)
+    x_h = aligned(x_h, VECTOR, INDEX)
+    x_w = aligned(x_w, VECTOR, INDEX)
+    n, h, w = window_origin(m, P, Q, STRIDE_H, STRIDE_W, 0, 0)
+    pixels = tl.multiple_of(n * x_n + h * x_h + w * x_w, VECTOR)
+    filters = tl.multiple_of(k * C, VECTOR)
+    lanes = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for c in range(0, C, BLOCK_K):
+        channels = lanes
+        first = c
+        if not EVEN:
+            present = c + lanes < C
+            channels = tl.where(present, c + lanes, lanes % VECTOR)
+            channels = tl.max_contiguous(tl.multiple_of(channels, VECTOR), VECTOR)
+            first = 0
+        a_pointers = (x + first) + (pixels[:, None] + channels[None, :])
+        b_pointers = (weight + first) + (filters[None, :] + channels[:, None])
+        if EVEN:
+            a = tl.load(a_pointers)
+            b = tl.load(b_pointers)
+        else:
+            a = tl.load(a_pointers, mask=present[None, :], other=0.0)
+            b = tl.load(b_pointers, mask=present[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -277,6 +344,7 @@ def conv_bn_act(
     activation: str = "none",
     negative_slope: float = 0.01,
     prologue: Prologue | None = None,
+    shortcut: Shortcut | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """act(bn(conv2d(x, weight, bias)) + residual) -> y [N, K, P, Q], dense channels-last, of x's dtype.
@@ -287,12 +355,15 @@ def conv_bn_act(
     fp32, rounded once. activation: one of ``activation.ACTIVATIONS``; negative_slope is for "leaky_relu".
     config: one of ``configs`` of the file whose kernel serves the shape, or None to have it chosen.
     prologue: act(bn(x)), or x times a gate, takes the place of x, rounded to x's dtype, while x is loaded.
+    shortcut: a 1×1 convolution whose normalised result takes the residual's place, and is not rounded.
 
     Raises ``ValueError`` or ``TypeError`` for arguments that are no convolution, ``UnsupportedConfig`` for a
-    config that does not fit the kernel or a prologue for which ``why_no_prologue`` has a reason.
+    config that does not fit the kernel, a prologue for which ``why_no_prologue`` has a reason, or a shortcut
+    for which ``why_no_shortcut`` has.
     """
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
-    if groups > 1 and x.dim() == 4 and groups == x.shape[1] and prologue is None:
+    alone = prologue is None and shortcut is None
+    if groups > 1 and x.dim() == 4 and groups == x.shape[1] and alone:
         from fastnets.kernels.depthwise import depthwise_conv
 
         return depthwise_conv(
@@ -305,6 +376,8 @@ def conv_bn_act(
     )  # fmt: skip
     if prologue is not None:
         call.prologue = checked_prologue(prologue, call.shape)
+    if shortcut is not None:
+        call.shortcut = checked_shortcut(shortcut, call)
     kernel = kernel_of(call.shape)
     if kernel == "joint":
         from fastnets.kernels.conv_rows import few_channels_conv
@@ -331,9 +404,15 @@ class _SecondPass(NamedTuple):
 def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     shape = call.shape
     C, K, M = shape.group_channels, shape.group_outputs, shape.M
-    flags = call.flags(M * shape.K)
+    outputs = M * shape.K
+    if call.shortcut is not None:
+        added = call.shortcut.x
+        outputs = max(outputs, span(added.shape, added.stride()))
+    flags = call.flags(outputs)
     config = config_for(call, flags)
     SPLIT_K = config.SPLIT_K
+    if call.shortcut is not None and not holds_shortcut(config, current_device(call.x)):
+        raise UnsupportedConfig(f"{config} has no room for a shortcut: its sums are too many, or not whole")
     if SPLIT_K > 1:
         flags = call.flags(SPLIT_K * M * shape.K)
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s, *residual_strides = call.strides()
@@ -343,6 +422,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     if shape.taps == 1 and shape.padding == (0, 0) and shape.stride == (1, 1):
         pitch = pixel_pitch(call.x.shape, (x_n, x_c, x_h, x_w))
     before = call.prologue
+    of_shortcut = _shortcut_flags(call.shortcut, call.x.element_size(), config)
     tiles_m = ceil_div(M, config.BLOCK_M)
     first = ConvPlan(
         config,
@@ -357,6 +437,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
             "FLAT_X": pitch is not None,
             "FLAT_WEIGHT": even and run,
             "X_ACTIVATION": "none" if before is None else before.activation,
+            **of_shortcut,
             **flags,
         },
         tiles_m,
@@ -376,6 +457,39 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     return first, _SecondPass((SPLIT_K, M, shape.K), second)
 
 
+def _shortcut_flags(shortcut: Shortcut | None, element_size: int, config: Config) -> dict[str, object]:
+    stride, vector, even = (1, 1), 1, True
+    if shortcut is not None:
+        C = shortcut.x.shape[1]
+        stride, even = shortcut.stride, C % config.BLOCK_K == 0
+        vector = vector_width(element_size, C, *_shortcut_sizes(shortcut)[1:])
+    return {"S_STRIDE_H": stride[0], "S_STRIDE_W": stride[1], "VECTOR_S": vector, "EVEN_S": even}
+
+
+def _shortcut_sizes(shortcut: Shortcut) -> tuple[int, ...]:
+    """C, and the strides of its input along images, rows and columns."""
+    x_n, _, x_h, x_w = stepping(shortcut.x.shape, shortcut.x.stride())
+    return shortcut.x.shape[1], x_n, x_h, x_w
+
+
+def joins_shortcut(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shortcut: Shortcut,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> bool:
+    """Whether ``conv_bn_act`` serves the shortcut of this convolution, and is predicted not to lose by it."""
+    shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation, groups)
+    if shape.M == 0 or why_no_shortcut(shape, shortcut) is not None:
+        return False
+    other = convolution_shape(shortcut.x.shape, shortcut.weight.shape, shortcut.stride, (0, 0), (1, 1), 1)
+    return shortcut_pays(shape, other, x.element_size(), product_precision(x), current_device(x))
+
+
 def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
     """Runs ``conv_kernel``, and ``conv_reduce_kernel`` after it where the config splits the columns.
 
@@ -390,20 +504,25 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
     if before is not None:
         prologue = (*before.tensors, before.negative_slope, before.eps, before.gate)
     reads = (call.x, call.weight, *prologue[:4], prologue[-1])
+    added, flops = _NO_SHORTCUT, call.shape.flops
+    if call.shortcut is not None:
+        added = (*call.shortcut[:7], *_shortcut_sizes(call.shortcut), call.shortcut.eps)
+        reads = (*reads, *call.shortcut[:7])
+        flops += 2 * call.shape.M * call.shape.K * call.shortcut.x.shape[1]
     if second is None:
         moments = call.empty_statistics(plan.tiles_m)
         launch(
             conv_kernel, plan.grid, call.x, call.weight, y, *call.vectors, call.residual, *plan.sizes,
-            call.eps, call.negative_slope, *moments, *prologue,
-            config=plan.config, flops=call.shape.flops,
+            call.eps, call.negative_slope, *moments, *prologue, *added,
+            config=plan.config, flops=flops,
             reads=(*reads, *call.vectors, call.residual), writes=(y, *moments), **plan.constexprs,
         )  # fmt: skip
         return y, moments
     partial = torch.empty(second.workspace, dtype=torch.float32, device=y.device)
     launch(
         conv_kernel, plan.grid, call.x, call.weight, partial, *call.vectors, call.residual, *plan.sizes,
-        call.eps, call.negative_slope, *NO_STATISTICS, *prologue,
-        config=plan.config, flops=call.shape.flops, reads=reads, writes=(partial,), **plan.constexprs,
+        call.eps, call.negative_slope, *NO_STATISTICS, *prologue, *added,
+        config=plan.config, flops=flops, reads=reads, writes=(partial,), **plan.constexprs,
     )  # fmt: skip
     plan = second.plan
     moments = call.empty_statistics(plan.tiles_m)
@@ -416,6 +535,7 @@ def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
 
 
 _NO_PROLOGUE = (None,) * 7
+_NO_SHORTCUT = (None,) * 12
 
 
 def configs(device: Device) -> list[Config]:
@@ -430,6 +550,7 @@ def representative_calls() -> list[RepresentativeCall]:
     same = {**layer, "residual": True}
     pointwise = {"x": (8, 256, 28, 28), "filters": (64, 1, 1), "statistics": True}
     strided = {"x": (8, 72, 28, 28), "filters": (128, 1, 1), "stride": 2, "statistics": True}
+    joined = {"x": (8, 64, 28, 28), "filters": (256, 1, 1)}
     preactivated = {"x": (8, 160, 28, 28), "filters": (128, 1, 1), "prologue": "relu"}
     gated = {"x": (8, 144, 28, 28), "filters": (40, 1, 1), "residual": True, "prologue": "gate"}
     call = functools.partial(representative, run=taps_conv)
@@ -462,4 +583,9 @@ def representative_calls() -> list[RepresentativeCall]:
         call("1x1, gates before, odd C, bf16", **{**gated, "x": (8, 44, 28, 28)}, dtype=half),
         call("1x1, gates before, fp32", **gated, dtype=full),
         call("1x1, gates before, TF32", **gated, dtype=full, precision="tf32"),
+        call("1x1 and its shortcut", **joined, shortcut=(64, 1)),
+        call("1x1 and its shortcut, bf16, stride 2", **joined, dtype=half, shortcut=(128, 2)),
+        call("1x1 and its shortcut of odd C, fp32", **joined, dtype=full, shortcut=(72, 2)),
+        call("1x1 and its shortcut, TF32", **joined, dtype=full, precision="tf32", shortcut=(128, 2)),
+        call("3x3 and its shortcut of odd C", **layer, shortcut=(36, 1)),
     ]  # fmt: skip

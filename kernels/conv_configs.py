@@ -15,29 +15,43 @@ from collections.abc import Callable
 import torch
 
 from fastnets.kernels.activation import check_activation
-from fastnets.kernels.conv_shape import ConvCall, ConvShape, Prologue, conv_call
+from fastnets.kernels.conv_shape import (
+    ConvCall,
+    ConvShape,
+    Prologue,
+    Shortcut,
+    checked_vectors,
+    conv_call,
+    convolution_shape,
+)
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig
 
 __all__ = [
     "checked_prologue",
+    "checked_shortcut",
     "choose_config",
     "groups_per_tile",
+    "holds_shortcut",
     "kernel_configs",
     "kernel_of",
     "predicted_seconds",
     "products_of",
     "representative",
     "seconds_of_tiles",
+    "shortcut_pays",
     "suits",
     "table_configs",
     "why_no_prologue",
+    "why_no_shortcut",
 ]
 
 # Filters of several taps over fewer channels than this take (r, s, c) jointly: blocks of 32 channels would be
 # mostly padding. Groups of no more channels and outputs than PACKED_CHANNELS are packed several to a tile.
 JOINT_CHANNELS = 32
 PACKED_CHANNELS = 32
+
+_LAUNCH = 4e-6  # seconds that one more launch is taken to cost
 
 # By kernel and by how the device multiplies: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, values of SPLIT_K).
 # "fma" is for devices and precisions without a tensor-core path (sm_75 in Triton 3.6 and later, exact fp32).
@@ -186,6 +200,37 @@ def checked_prologue(prologue: Prologue, shape: ConvShape) -> Prologue:
     return prologue._replace(mean=vectors[0], rstd=vectors[1], bn_weight=vectors[2], bn_bias=vectors[3])
 
 
+def why_no_shortcut(shape: ConvShape, shortcut: Shortcut) -> str | None:
+    """Why a convolution cannot compute the shortcut that is added to it, or None where it can."""
+    kernel = kernel_of(shape)
+    if kernel != "taps" or shape.groups > 1:
+        return f"groups={shape.groups} of {shape.group_channels} channels run in the {kernel} kernel"
+    if (shortcut.x.stride(1) != 1 and shortcut.x.shape[1] > 1) or not shortcut.weight.is_contiguous():
+        return f"its input has strides {shortcut.x.stride()}; channels-last is supported, and a dense filter"
+    return None
+
+
+def checked_shortcut(shortcut: Shortcut, call: ConvCall) -> Shortcut:
+    """The shortcut with contiguous vectors; raises for what does not fit."""
+    shape, x, weight = call.shape, shortcut.x, shortcut.weight
+    if x.dtype != call.x.dtype or weight.dtype != x.dtype:
+        raise TypeError(f"shortcut: x is {x.dtype}, weight {weight.dtype}, expected {call.x.dtype}")
+    if tuple(weight.shape[2:]) != (1, 1) or weight.shape[0] != shape.K:
+        raise ValueError(f"shortcut: weight is {list(weight.shape)}, expected [{shape.K}, C, 1, 1]")
+    found = convolution_shape(x.shape, weight.shape, shortcut.stride, (0, 0), (1, 1), 1)
+    if (found.N, found.P, found.Q) != (shape.N, shape.P, shape.Q):
+        raise ValueError(
+            f"shortcut gives {[found.N, found.K, found.P, found.Q]}, the convolution "
+            f"{[shape.N, shape.K, shape.P, shape.Q]}"
+        )
+    reason = why_no_shortcut(shape, shortcut)
+    if reason is not None or call.prologue is not None or call.residual is not None:
+        reason = reason or "a prologue or a residual comes with it"
+        raise UnsupportedConfig(f"shortcut: {reason}; compute it first and give it as the residual")
+    vectors = checked_vectors(shortcut.vectors, shape.K)
+    return Shortcut(x, weight, *vectors, tuple(shortcut.stride), shortcut.eps)
+
+
 def _checked_gate(prologue: Prologue, shape: ConvShape) -> Prologue:
     gate = prologue.gate
     if gate.shape != (shape.N, shape.C):
@@ -249,7 +294,8 @@ def suits(config: Config, kernel: str, vectors: bool, crowded: bool) -> bool:
     """Whether a config leaves registers for the addresses of a call.
 
     vectors: operands load several elements at a time, and not one by one, each from an address of its own.
-    crowded: addresses take 64 bits, or the residual's are scattered, or operands pass through registers.
+    crowded: addresses take 64 bits, or the residual's are scattered, or operands pass through registers,
+    or a shortcut has an accumulator of its own.
     """
     if kernel == "joint":
         return vectors or config.BLOCK_M <= 64
@@ -259,23 +305,32 @@ def suits(config: Config, kernel: str, vectors: bool, crowded: bool) -> bool:
     return not crowded or config.BLOCK_M * config.BLOCK_N <= 64 * threads
 
 
+def holds_shortcut(config: Config, device: Device) -> bool:
+    """Whether a tile has room for a shortcut: a second accumulator, added to whole sums."""
+    if device.capability in (100, 103) and config.BLOCK_N > 32:
+        return False  # both accumulators come back from tensor memory at once, and spill
+    return config.SPLIT_K == 1 and config.BLOCK_M * config.BLOCK_N <= 128 * 64
+
+
 def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
     """The call's own config, or the chosen one. flags: those of ``ConvCall.flags``."""
     config = call.config
     if config is None:
         device = current_device(call.x)
         size = call.x.element_size()
-        config = choose_config(call.shape, size, call.precision, device, *addressing(call, flags))
+        channels = 0 if call.shortcut is None else call.shortcut.x.shape[1]
+        addresses = addressing(call, flags)
+        config = choose_config(call.shape, size, call.precision, device, *addresses, channels)
     sums = call.statistics and kernel_of(call.shape) != "taps"
     gates = call.prologue is not None and call.prologue.gate is not None and config.SPLIT_K > 1
-    if config.maxnreg is None and (sums or gates):
+    if config.maxnreg is None and (sums or gates or call.shortcut is not None):
         return _with_all_registers(config)
     return config
 
 
 @functools.lru_cache(maxsize=256)
 def _with_all_registers(config: Config) -> Config:
-    # Left to itself, ptxas spills the sums of the statistics, or gates, to fit one more block.
+    # Left to itself, ptxas spills the sums of the statistics, gates, or a shortcut, to fit one more block.
     return config.replace(maxnreg=255)
 
 
@@ -283,7 +338,8 @@ def addressing(call: ConvCall, flags: dict[str, object]) -> tuple[bool, bool]:
     """What ``suits`` asks of a call: (vectors, crowded)."""
     vectors = flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
     scattered = call.residual is not None and not flags["DENSE_RESIDUAL"]
-    return vectors, flags["WIDE"] or scattered or call.prologue is not None
+    more = call.prologue is not None or call.shortcut is not None
+    return vectors, flags["WIDE"] or scattered or more
 
 
 @functools.lru_cache(maxsize=4096)
@@ -294,25 +350,34 @@ def choose_config(
     device: Device,
     vectors: bool = True,
     crowded: bool = False,
+    shortcut_channels: int = 0,
 ) -> Config:
     """The config with the least predicted time among those that suit the call.
 
     element_size: bytes per element of x. precision: "ieee" or "tf32", of fp32 products. vectors, crowded: see
-    ``suits``.
+    ``suits``. shortcut_channels: of the ``Shortcut``'s input, 0 where there is none.
     """
     kernel = kernel_of(shape)
     candidates = table_configs(kernel, products_of(element_size, precision, device), device)
     candidates = [c for c in candidates if suits(c, kernel, vectors, crowded)]
+    if shortcut_channels:
+        candidates = [c for c in candidates if holds_shortcut(c, device)]
     # Filters of several taps keep to 4 warps as long as nothing was measured: convolution loops in wider
     # blocks have been miscompiled (pytorch#173068), and no lane without a GPU runs the machine code itself.
     careful = [c for c in candidates if shape.taps == 1 or c.num_warps <= 4]
     return min(
-        careful or candidates, key=lambda c: predicted_seconds(shape, c, element_size, precision, device)
+        careful or candidates,
+        key=lambda c: predicted_seconds(shape, c, element_size, precision, device, shortcut_channels),
     )
 
 
 def predicted_seconds(
-    shape: ConvShape, config: Config, element_size: int, precision: str, device: Device
+    shape: ConvShape,
+    config: Config,
+    element_size: int,
+    precision: str,
+    device: Device,
+    shortcut_channels: int = 0,
 ) -> float:
     """``seconds_of_tiles`` for the tiles of a convolution, and for split-K's second pass."""
     BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K = (config[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
@@ -328,11 +393,26 @@ def predicted_seconds(
     # Splitting is for grids that leave half the GPU idle; a share of fewer than 4 blocks fills no pipeline.
     if SPLIT_K > 1 and (2 * tiles > device.multiprocessors or SPLIT_K > blocks // 4):
         return math.inf
-    blocks = math.ceil(blocks / SPLIT_K)
+    blocks = math.ceil(blocks / SPLIT_K) + math.ceil(shortcut_channels / BLOCK_K)
     seconds = seconds_of_tiles(config, tiles * SPLIT_K, blocks, element_size, precision, device)
     if SPLIT_K > 1:
-        seconds += 4e-6 + 2 * 4 * SPLIT_K * shape.M * shape.K / (1e9 * device.dram_bandwidth)
+        seconds += _LAUNCH + 2 * 4 * SPLIT_K * shape.M * shape.K / (1e9 * device.dram_bandwidth)
     return seconds
+
+
+@functools.lru_cache(maxsize=1024)
+def shortcut_pays(
+    shape: ConvShape, shortcut: ConvShape, element_size: int, precision: str, device: Device
+) -> bool:
+    """Whether a convolution and the 1×1 one that is added to it are predicted to take no longer in one
+    launch than in two, of which the second reads what the first wrote."""
+
+    def seconds(one: ConvShape, channels: int = 0) -> float:
+        config = choose_config(one, element_size, precision, device, True, channels > 0, channels)
+        return predicted_seconds(one, config, element_size, precision, device, channels)
+
+    residual = element_size * shape.M * shape.K / (1e9 * device.dram_bandwidth)
+    return seconds(shape, shortcut.C) <= seconds(shape) + seconds(shortcut) + _LAUNCH + residual
 
 
 def seconds_of_tiles(
@@ -394,13 +474,14 @@ def representative(
     candidates: Callable[[Device], list[Config]] | None = None,
     statistics: bool = False,
     prologue: str | None = None,
+    shortcut: tuple[int, int] | None = None,
 ) -> RepresentativeCall:
     """A call with BN on meta tensors, x [N, C, H, W] under filters (K, R, S), for ``representative_calls``.
 
     Its thunk refuses configs of another dtype's table, which no heuristic would pair with it. kernel: the one
     that ``run`` runs, if it is not ``kernel_of`` the shape; candidates: its configs, if they are in no table.
     statistics: a call of training instead, which writes those of y; prologue: the activation that is
-    applied to BN of x, if any.
+    applied to BN of x, if any; shortcut: (channels, stride) of the convolution that is added, if any.
     """
 
     def thunk(config: Config | None = None) -> torch.Tensor:
@@ -422,7 +503,16 @@ def representative(
             before = Prologue(*(torch.empty(x[1], device="meta") for _ in range(4)), prologue, eps=eps)
             if prologue == "gate":
                 before = Prologue(gate=torch.empty(x[:2], device="meta"))
-        call = dataclasses.replace(call, precision=precision, statistics=statistics, prologue=before)
+        added = None
+        if shortcut is not None:
+            C, step = shortcut
+            filters_of_shortcut = torch.empty((K, C, 1, 1), dtype=dtype, device="meta")
+            bn = (None, *(torch.empty(K, device="meta") for _ in range(4)))
+            added = tensor(x[0], C, P * step, Q * step)
+            added = Shortcut(added, filters_of_shortcut, *bn, stride=(step, step))
+        call = dataclasses.replace(
+            call, precision=precision, statistics=statistics, prologue=before, shortcut=added
+        )
         device = current_device(image)
         products = products_of(image.element_size(), precision, device)
         table = kernel or kernel_of(call.shape)

@@ -18,7 +18,9 @@ __all__ = [
     "ConvPlan",
     "ConvShape",
     "Prologue",
+    "Shortcut",
     "ceil_div",
+    "checked_vectors",
     "conv_call",
     "convolution_shape",
     "forget_plans",
@@ -118,6 +120,34 @@ class Prologue(NamedTuple):
         return self[:4]
 
 
+class Shortcut(NamedTuple):
+    """A second convolution whose normalised result is added to the first's: bn'(conv2d(x, weight) + bias).
+
+    A 1×1 filter without padding: x [N, C', H', W'] and weight [K, C', 1, 1] of the first one's dtype, under
+    ``stride`` on the same [P, Q]. The other vectors are [K], as the first one's.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    running_mean: torch.Tensor | None = None
+    running_var: torch.Tensor | None = None
+    bn_weight: torch.Tensor | None = None
+    bn_bias: torch.Tensor | None = None
+    stride: tuple[int, int] = (1, 1)
+    eps: float = 1e-5
+
+    @property
+    def vectors(self) -> tuple[torch.Tensor | None, ...]:
+        """(bias, running_mean, running_var, bn_weight, bn_bias)."""
+        return self[2:7]
+
+    @property
+    def layout(self) -> tuple:
+        """All that a plan depends on."""
+        return self.x.shape, self.x.stride(), self.stride
+
+
 class ConvPlan(NamedTuple):
     """All of a launch that follows from sizes, strides and options: worked out once, see ``ConvCall.plan``.
 
@@ -147,6 +177,7 @@ class ConvCall:
     precision: str
     """Of fp32 products: "ieee", or "tf32" where torch's switch for convolutions allows it."""
     prologue: Prologue | None = None
+    shortcut: Shortcut | None = None
     statistics: bool = False
     """Whether the statistics of y are asked for."""
     plans: dict[tuple, Any] = field(default_factory=dict)
@@ -157,7 +188,8 @@ class ConvCall:
         before = self.prologue
         key = (
             make, self.config, self.activation, self.precision, self.statistics,
-            before if before is None else before.activation, current_device(self.x),
+            before if before is None else before.activation,
+            None if self.shortcut is None else self.shortcut.layout, current_device(self.x),
         )  # fmt: skip
         plan = self.plans.get(key)
         if plan is None:
@@ -311,7 +343,7 @@ def conv_call(
         )
     for vector in vectors:
         if vector is not None and (vector.shape != channels or not vector.is_contiguous()):
-            vectors = _checked_vectors(vectors, shape.K)
+            vectors = checked_vectors(vectors, shape.K)
             break
     precision = product_precision(x)
     return ConvCall(
@@ -341,7 +373,7 @@ def _check_operands(x, weight, residual, shape: ConvShape) -> None:
             raise TypeError(f"residual is {residual.dtype} but x is {x.dtype}; cast one of them")
 
 
-def _checked_vectors(vectors: tuple, K: int) -> tuple:
+def checked_vectors(vectors: tuple, K: int) -> tuple:
     """The vectors, contiguous."""
     for name, vector in zip(_VECTORS, vectors):
         if vector is not None and vector.shape != (K,):

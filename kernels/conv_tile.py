@@ -23,6 +23,7 @@ __all__ = [
     "finish_tile",
     "moments",
     "normalized",
+    "normalized_sums",
     "tile_of_program",
     "window_origin",
     "within",
@@ -114,6 +115,28 @@ def moments(total, deviations, squares, count):
 
 
 @triton.jit
+def normalized_sums(acc, k, inside_k, vectors, eps):
+    """bn(acc + bias) of acc [BLOCK_M, BLOCK_N], columns k where inside_k; vectors as in ``finish_tile``."""
+    bias, running_mean, running_var, bn_weight, bn_bias = vectors
+    if bias is not None or running_mean is not None:
+        shift = tl.zeros(k.shape, tl.float32)
+        if bias is not None:
+            shift += tl.load(bias + k, mask=inside_k, other=0.0).to(tl.float32)
+        if running_mean is not None:
+            shift -= tl.load(running_mean + k, mask=inside_k, other=0.0).to(tl.float32)
+        acc += shift[None, :]
+    if running_var is not None:
+        # Channels past K take variance 1: no NaN even where nothing is stored.
+        scale = tl.rsqrt(tl.load(running_var + k, mask=inside_k, other=1.0).to(tl.float32) + eps)
+        if bn_weight is not None:
+            scale *= tl.load(bn_weight + k, mask=inside_k, other=0.0).to(tl.float32)
+        acc *= scale[None, :]
+        if bn_bias is not None:
+            acc += tl.load(bn_bias + k, mask=inside_k, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def finish_tile(
     acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
@@ -153,28 +176,13 @@ def finish_columns(
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
     statistics,
 ):  # fmt: skip
-    bias, running_mean, running_var, bn_weight, bn_bias = vectors
     k = first_k + tl.arange(0, acc.shape[1])
     inside_k = k < K
     inside = inside_m[:, None] & inside_k[None, :]
     k = (channel + k).to(INDEX)
     offsets = (m * y_pitch)[:, None] + k[None, :]
 
-    if bias is not None or running_mean is not None:
-        shift = tl.zeros(k.shape, tl.float32)
-        if bias is not None:
-            shift += tl.load(bias + k, mask=inside_k, other=0.0).to(tl.float32)
-        if running_mean is not None:
-            shift -= tl.load(running_mean + k, mask=inside_k, other=0.0).to(tl.float32)
-        acc += shift[None, :]
-    if running_var is not None:
-        # Channels past K take variance 1: no NaN even where nothing is stored.
-        scale = tl.rsqrt(tl.load(running_var + k, mask=inside_k, other=1.0).to(tl.float32) + eps)
-        if bn_weight is not None:
-            scale *= tl.load(bn_weight + k, mask=inside_k, other=0.0).to(tl.float32)
-        acc *= scale[None, :]
-        if bn_bias is not None:
-            acc += tl.load(bn_bias + k, mask=inside_k, other=0.0).to(tl.float32)[None, :]
+    acc = normalized_sums(acc, k, inside_k, vectors, eps)
     added, residual_n, residual_k, residual_p, residual_q, P, Q = residual
     if added is not None:
         if DENSE_RESIDUAL:

@@ -533,13 +533,13 @@ class TestNetworks:
         [
             ("alexnet_2012", "triton", 0.286, 13),
             ("vgg16_bn", "triton", 0.379, 24),
-            ("resnet50", "triton", 0.357, 57),
+            ("resnet50", "triton", 0.320, 53),
             ("densenet121", "triton", 0.260, 222),
             ("mobilenet_v2", "triton", 0.349, 55),
             ("efficientnet_b0", "triton", 0.353, 87),
             ("googlenet_2014", "triton", 0.419, 89),
             ("convnext_tiny", "triton", 0.515, 66),
-            ("resnet50", "auto", 0.390, 72),
+            ("resnet50", "auto", 0.354, 68),
             ("mobilenet_v2", "auto", 0.349, 54),
             *(
                 pytest.param(*row, marks=pytest.mark.slow)
@@ -567,7 +567,8 @@ class TestNetworks:
         assert found.ratio <= share
         assert found.fast.flops == found.stock.flops
         if name != "efficientnet_b0":  # whose gates are made by the convolution behind them
-            for layer, before, after in found.rows(depth=0):
+            # A ResNet's shortcuts are computed by the last convolutions of their blocks.
+            for layer, before, after in found.rows(depth=2 if name == "resnet50" else 0):
                 assert after.flops == before.flops, layer  # each convolution's work stays with its name
 
     def test_backward_of_every_layer_is_found(self):
