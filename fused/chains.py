@@ -297,6 +297,16 @@ def writes(node: fx.Node) -> bool:
     return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
+def may_write_between(first: fx.Node, last: fx.Node) -> bool:
+    """Whether something between the two nodes might overwrite what the first reads."""
+    node = first.next
+    while node is not last:
+        if writes(node) or node.op == "call_module" or "residual_dies" in node.kwargs:
+            return True
+        node = node.next
+    return False
+
+
 def _reshapes(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("view", "reshape", "flatten", "view_as", "reshape_as", "contiguous")

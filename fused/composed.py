@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnets.fused import dispatch
+from fastnets.fused.conv import implementation_of, must_run_stock
 
 
 def choose(x: Tensor, backend: str) -> str:
@@ -42,3 +43,34 @@ def register(
 
     differentiable = dispatch.register(f"{name}{schema}", body, fake, autograd=autograd, **rules)
     return differentiable, infer
+
+
+def may_be_ours(x: object, backend: str) -> bool:
+    """Whether our kernels may run at all in inference: asked first, since the CPU has other ways."""
+    if torch.is_grad_enabled() or not isinstance(x, Tensor) or x.dim() != 4:
+        return False
+    if x.dtype not in dispatch.OUR_DTYPES or torch.is_autocast_enabled(dispatch.device_type_of(x)):
+        return False
+    wanted = dispatch.requested(backend)
+    return wanted == "triton" or (wanted == "auto" and dispatch.device_type_of(x) == "cuda")
+
+
+def runs_our_convolution(
+    conv: nn.Conv2d,
+    bn: nn.Module | None,
+    act: nn.Module | None,
+    x: Tensor,
+    activation: str,
+    backend: str,
+    adds: bool = False,
+) -> bool:
+    """Whether ``call_conv_bn_act`` would run our kernel on these very tensors, given ``may_be_ours``."""
+    if conv.training or (bn is not None and (bn.training or bn._buffers.get("running_mean") is None)):
+        return False
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != conv.in_channels:
+        return False
+    if must_run_stock(conv, bn, act, x, conv._parameters.get("weight"), None):
+        return False
+    if conv.padding_mode != "zeros" or conv.padding.__class__ is str:
+        return False
+    return implementation_of(conv, bn, act, activation, x, backend, adds) == "triton"

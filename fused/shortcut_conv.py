@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fastnets.fused import composed, dispatch
 from fastnets.fused.batch_norm import watched
-from fastnets.fused.chains import put_one_call, writes
+from fastnets.fused.chains import may_write_between, put_one_call
 from fastnets.fused.conv import (
     Options,
     Weights,
@@ -25,9 +25,7 @@ from fastnets.fused.conv import (
     conv_below_autograd,
     conv_bn_act_op,
     conv_flops,
-    implementation_of,
     in_dtype_of,
-    must_run_stock,
     validate_convolution,
     weights_of,
 )
@@ -229,34 +227,19 @@ def call_conv_shortcut(
 
 
 def _in_one_launch(first, second, act, activation, backend) -> bool:
-    if torch.is_grad_enabled() or not _is_ours(first[2], backend):
+    x, shortcut_x = first[2], second[2]
+    if not composed.may_be_ours(x, backend) or not composed.may_be_ours(shortcut_x, backend):
         return False
-    if not isinstance(second[2], Tensor) or second[2].dim() != 4 or second[2].dtype != first[2].dtype:
-        return False
-    if torch.is_autocast_enabled(dispatch.device_type_of(first[2])):
-        return False
-    shapes = []
-    for conv, bn, x in (first, second):
-        if conv.training or (bn is not None and (bn.training or bn._buffers.get("running_mean") is None)):
-            return False
-        weight = conv._parameters.get("weight")
-        if must_run_stock(conv, bn, act, x, weight, None) or x.shape[1] != conv.in_channels:
-            return False
-        if conv.padding_mode != "zeros" or conv.padding.__class__ is str:
-            return False
-        shapes.append(output_shape(x, weight, conv.stride, conv.padding, conv.dilation))
-    return shapes[0] == shapes[1] and all(
-        implementation_of(conv, bn, None, activation, x, backend, adds) == "triton"
+    if x.dtype != shortcut_x.dtype or not all(
+        composed.runs_our_convolution(conv, bn, act, x, activation, backend, adds)
         for (conv, bn, x), adds in ((first, True), (second, False))
-    )
-
-
-def _is_ours(x: object, backend: str) -> bool:
-    """Whether our kernels may run at all: asked at once, since the CPU has other ways."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in dispatch.OUR_DTYPES:
+    ):
         return False
-    wanted = dispatch.requested(backend)
-    return wanted == "triton" or (wanted == "auto" and dispatch.device_type_of(x) == "cuda")
+    return _output_shape(*first) == _output_shape(*second)
+
+
+def _output_shape(conv: nn.Conv2d, _, x: Tensor) -> tuple:
+    return output_shape(x, conv._parameters["weight"], conv.stride, conv.padding, conv.dilation)
 
 
 def join_shortcuts(graph: fx.Graph, modules: dict[str, nn.Module], fusions: tuple) -> tuple:
@@ -275,7 +258,7 @@ def join_shortcuts(graph: fx.Graph, modules: dict[str, nn.Module], fusions: tupl
         if added is not None or activation != "none" or shortcut.kwargs or list(shortcut.users) != [node]:
             continue
         pair = [modules[conv.target], modules[shortcut_conv.target]]
-        if not any(map(serves, pair)) or _may_write_between(shortcut, node):
+        if not any(map(serves, pair)) or may_write_between(shortcut, node):
             continue
         arguments = (conv, bn, act, x, shortcut_conv, shortcut_bn, shortcut_x, *rest)
         options = {"onto_shortcut": node.args[0]} if in_place else {}
@@ -287,13 +270,3 @@ def join_shortcuts(graph: fx.Graph, modules: dict[str, nn.Module], fusions: tupl
             for f in fusions
         )
     return fusions
-
-
-def _may_write_between(shortcut: fx.Node, node: fx.Node) -> bool:
-    """Whether something might overwrite what the shortcut reads before the later convolution runs."""
-    between = shortcut.next
-    while between is not node:
-        if writes(between) or between.op == "call_module" or "residual_dies" in between.kwargs:
-            return True
-        between = between.next
-    return False

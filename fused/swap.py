@@ -14,13 +14,15 @@ call, among graphs captured under different conditions, and runs the stock forwa
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
+import functools
 import inspect
 import itertools
 import linecache
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
@@ -165,6 +167,24 @@ def ends_in_layers(sequential: nn.Module) -> bool:
     return False
 
 
+def is_convolution_unit(module: nn.Module) -> bool:
+    """Whether a container holds nothing but one convolution and what may follow it: a norm, an activation."""
+    layers = list(module.children())
+    convolutions = [child for child in layers if is_convolution(child)]
+    return (
+        len(convolutions) == 1
+        and not module._parameters
+        and not module._buffers
+        and all(
+            child is convolutions[0]
+            or is_batch_norm(child)
+            or type(child) is nn.Identity
+            or recognise(child) is not None
+            for child in layers
+        )
+    )
+
+
 def is_sequential(module: nn.Module) -> bool:
     """An nn.Sequential with the stock forward (which a rewritten one stands for, too)."""
     cls = without_rewrite(type(module))
@@ -180,6 +200,30 @@ def _forward_to_go_through(module: nn.Module) -> Callable | None:
     return without_rewrite(type(module)).forward if is_elementary(module) else None
 
 
+def _units_within(module: nn.Module) -> Iterator[nn.Module]:
+    """The units of one convolution that the forward may call, in Sequentials or not, as far as their own
+    forwards can be captured: code that does more, or writes somewhere, is called."""
+    for child in module.children():
+        if is_sequential(child):
+            yield from _units_within(child)
+        elif is_convolution_unit(child):
+            with contextlib.suppress(CaptureError):
+                capture(child, training=False, inline=None)
+                yield child
+
+
+def _through_units(units: set[nn.Module], module: nn.Module) -> Callable | None:
+    """As ``_forward_to_go_through``, and through units of one convolution: what stands around them may be one
+    call with the convolution."""
+    if has_hooks(module):
+        return None
+    if module in units:
+        return without_rewrite(type(module)).forward
+    if is_sequential(module) and any(child in units for child in list(module.children())[-1:]):
+        return nn.Sequential.forward
+    return _forward_to_go_through(module)
+
+
 def capture_variants(module: nn.Module, given: tuple[str, ...] = ()) -> dict[Condition, Variant]:
     """Capture the forward under every condition that makes a difference. ``module`` has its stock class.
 
@@ -188,10 +232,12 @@ def capture_variants(module: nn.Module, given: tuple[str, ...] = ()) -> dict[Con
     variants: dict[Condition, Variant] = {}
     if known_forward(type(module)) is not None:
         return variants
+    through_units = functools.partial(_through_units, set(_units_within(module)))
     for training in (False, True):
+        inline = _forward_to_go_through if training else through_units
         kinds = [Tensor]
         for kind in kinds:
-            inlining = _variant(module, training, _forward_to_go_through, kind, given)
+            inlining = _variant(module, training, inline, kind, given)
             intact, broken = (Condition(training, whole, kind, given) for whole in (True, False))
             variants[intact] = variants[broken] = inlining
             captured = inlining.captured

@@ -36,6 +36,7 @@ import triton.language as tl
 
 from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_configs import (
+    checked_out,
     checked_prologue,
     checked_shortcut,
     choose_config,
@@ -46,6 +47,7 @@ from fastnets.kernels.conv_configs import (
     reduce_config,
     representative,
     shortcut_pays,
+    why_no_out,
     why_no_shortcut,
 )
 from fastnets.kernels.conv_shape import (
@@ -77,7 +79,14 @@ from fastnets.kernels.conv_tile import (
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch
 
-__all__ = ["choose_config", "configs", "conv_bn_act", "joins_shortcut", "representative_calls"]
+__all__ = [
+    "choose_config",
+    "configs",
+    "conv_bn_act",
+    "joins_shortcut",
+    "representative_calls",
+    "writes_slices",
+]
 
 
 @triton.jit(do_not_specialize=(*SIZES, "C", "s_C", "s_n", "s_h", "s_w"))
@@ -296,7 +305,7 @@ def _shortcut_product(
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_reduce_kernel(
-    partial, y, bias, running_mean, running_var, bn_weight, bn_bias, residual, M, K, P, Q,
+    partial, y, bias, running_mean, running_var, bn_weight, bn_bias, residual, M, K, P, Q, y_pitch,
     residual_n, residual_k, residual_p, residual_q, eps, negative_slope, mean, m2, count,
     SPLIT_K: tl.constexpr, VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -307,6 +316,7 @@ def conv_reduce_kernel(
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     K = aligned(K, VECTOR_Y, tl.int32)
+    y_pitch = aligned(y_pitch, VECTOR_Y, INDEX)
     tile_m = tl.program_id(0).to(INDEX)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -321,7 +331,7 @@ def conv_reduce_kernel(
     if mean is not None:
         statistics = (mean, m2, count, tile_m, M)
     finish_tile(
-        acc, m, m < M, tl.program_id(1) * BLOCK_N, K, 0, y, K, vectors, eps, added, negative_slope,
+        acc, m, m < M, tl.program_id(1) * BLOCK_N, K, 0, y, y_pitch, vectors, eps, added, negative_slope,
         VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, False, statistics,
     )  # fmt: skip
 
@@ -345,6 +355,7 @@ def conv_bn_act(
     negative_slope: float = 0.01,
     prologue: Prologue | None = None,
     shortcut: Shortcut | None = None,
+    out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """act(bn(conv2d(x, weight, bias)) + residual) -> y [N, K, P, Q], dense channels-last, of x's dtype.
@@ -356,13 +367,14 @@ def conv_bn_act(
     config: one of ``configs`` of the file whose kernel serves the shape, or None to have it chosen.
     prologue: act(bn(x)), or x times a gate, takes the place of x, rounded to x's dtype, while x is loaded.
     shortcut: a 1×1 convolution whose normalised result takes the residual's place, and is not rounded.
+    out: a slice of the channels of a channels-last tensor that y is written into; there is no residual then.
 
     Raises ``ValueError`` or ``TypeError`` for arguments that are no convolution, ``UnsupportedConfig`` for a
     config that does not fit the kernel, a prologue for which ``why_no_prologue`` has a reason, or a shortcut
     for which ``why_no_shortcut`` has.
     """
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
-    alone = prologue is None and shortcut is None
+    alone = prologue is None and shortcut is None and out is None
     if groups > 1 and x.dim() == 4 and groups == x.shape[1] and alone:
         from fastnets.kernels.depthwise import depthwise_conv
 
@@ -378,13 +390,15 @@ def conv_bn_act(
         call.prologue = checked_prologue(prologue, call.shape)
     if shortcut is not None:
         call.shortcut = checked_shortcut(shortcut, call)
+    if out is not None:
+        call.out = checked_out(out, call)
     kernel = kernel_of(call.shape)
     if kernel == "joint":
         from fastnets.kernels.conv_rows import few_channels_conv
         from fastnets.kernels.patch_embedding import patch_embedding
         from fastnets.kernels.patch_embedding import serves as are_patches
 
-        if are_patches(call):
+        if out is None and are_patches(call):
             return patch_embedding(call)
         return few_channels_conv(call)[0]
     if kernel == "packed":
@@ -404,7 +418,7 @@ class _SecondPass(NamedTuple):
 def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     shape = call.shape
     C, K, M = shape.group_channels, shape.group_outputs, shape.M
-    outputs = M * shape.K
+    outputs = M * call.pitch
     if call.shortcut is not None:
         added = call.shortcut.x
         outputs = max(outputs, span(added.shape, added.stride()))
@@ -414,7 +428,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     if call.shortcut is not None and not holds_shortcut(config, current_device(call.x)):
         raise UnsupportedConfig(f"{config} has no room for a shortcut: its sums are too many, or not whole")
     if SPLIT_K > 1:
-        flags = call.flags(SPLIT_K * M * shape.K)
+        flags = call.flags(max(outputs, SPLIT_K * M * shape.K))
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s, *residual_strides = call.strides()
     even = C % config.BLOCK_K == 0
     run = weight_c == 1 and (shape.S == 1 or weight_s == C) and (shape.R == 1 or weight_r == shape.S * C)
@@ -428,7 +442,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
         config,
         (tiles_m * ceil_div(K, config.BLOCK_N), shape.groups, SPLIT_K),
         (
-            *(M, C, shape.H, shape.W, K, shape.P, shape.Q, shape.K),
+            *(M, C, shape.H, shape.W, K, shape.P, shape.Q, call.pitch if SPLIT_K == 1 else shape.K),
             *(x_n, x_c, x_h, x_w if pitch is None else pitch),
             *(weight_k, weight_c, weight_r, weight_s, *residual_strides),
         ),
@@ -450,7 +464,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     second = ConvPlan(
         finishing,
         (tiles_m, ceil_div(shape.K, finishing.BLOCK_N)),
-        (M, shape.K, shape.P, shape.Q, *residual_strides),
+        (M, shape.K, shape.P, shape.Q, call.pitch, *residual_strides),
         {"SPLIT_K": SPLIT_K, **{name: flags[name] for name in names}},
         tiles_m,
     )
@@ -488,6 +502,20 @@ def joins_shortcut(
         return False
     other = convolution_shape(shortcut.x.shape, shortcut.weight.shape, shortcut.stride, (0, 0), (1, 1), 1)
     return shortcut_pays(shape, other, x.element_size(), product_precision(x), current_device(x))
+
+
+def writes_slices(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> bool:
+    """Whether ``conv_bn_act`` of these tensors takes an ``out``."""
+    shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation, groups)
+    return why_no_out(shape) is None
 
 
 def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:

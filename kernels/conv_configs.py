@@ -23,11 +23,13 @@ from fastnets.kernels.conv_shape import (
     checked_vectors,
     conv_call,
     convolution_shape,
+    pixel_pitch,
 )
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig
 
 __all__ = [
+    "checked_out",
     "checked_prologue",
     "checked_shortcut",
     "choose_config",
@@ -40,8 +42,10 @@ __all__ = [
     "representative",
     "seconds_of_tiles",
     "shortcut_pays",
+    "slices_pay",
     "suits",
     "table_configs",
+    "why_no_out",
     "why_no_prologue",
     "why_no_shortcut",
 ]
@@ -229,6 +233,37 @@ def checked_shortcut(shortcut: Shortcut, call: ConvCall) -> Shortcut:
         raise UnsupportedConfig(f"shortcut: {reason}; compute it first and give it as the residual")
     vectors = checked_vectors(shortcut.vectors, shape.K)
     return Shortcut(x, weight, *vectors, tuple(shortcut.stride), shortcut.eps)
+
+
+def checked_out(out: torch.Tensor, call: ConvCall) -> torch.Tensor:
+    """The tensor that y goes into; raises for what does not fit."""
+    shape = call.shape
+    if tuple(out.shape) != (shape.N, shape.K, shape.P, shape.Q) or out.dtype != call.x.dtype:
+        raise ValueError(
+            f"out is {list(out.shape)} {out.dtype}, the convolution gives "
+            f"{[shape.N, shape.K, shape.P, shape.Q]} {call.x.dtype}"
+        )
+    pitch = pixel_pitch(out.shape, out.stride())
+    if (out.stride(1) != 1 and shape.K > 1) or pitch is None or pitch < shape.K:
+        raise ValueError(f"out has strides {out.stride()}, expected channels of a channels-last tensor")
+    if call.residual is not None or (reason := why_no_out(shape)) is not None:
+        reason = reason if call.residual is None else "a residual is added"
+        raise UnsupportedConfig(f"out: {reason}; copy the result there")
+    return out
+
+
+def why_no_out(shape: ConvShape) -> str | None:
+    """Why a convolution cannot write into a slice of a buffer's channels, or None where it can."""
+    kernel = kernel_of(shape)
+    if kernel not in ("taps", "joint"):
+        return f"groups={shape.groups} of {shape.group_channels} channels run in the {kernel} kernel"
+    return None
+
+
+def slices_pay(written: int, copies: int, device: Device) -> bool:
+    """Whether to concatenate by slices: what convolutions write there, in bytes, is not read and written once
+    more, but each of the other parts is copied by a launch of its own, where a concatenation is one."""
+    return 2 * written / (1e9 * device.dram_bandwidth) >= _LAUNCH * (copies - 1)
 
 
 def _checked_gate(prologue: Prologue, shape: ConvShape) -> Prologue:

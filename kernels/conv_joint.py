@@ -123,12 +123,12 @@ def joint_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
 
 def _plan(call: ConvCall) -> ConvPlan:
     shape = call.shape
-    flags = call.flags(shape.M * shape.K)
+    flags = call.flags(shape.M * call.pitch)
     config = config_for(call, flags)
     if config.SPLIT_K > 1:
         raise UnsupportedConfig(f"SPLIT_K={config.SPLIT_K}: {shape.C} channels make too few columns to split")
     tiles_m = ceil_div(shape.M, config.BLOCK_M)
-    sizes = (shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K, *call.strides())
+    sizes = (shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, call.pitch, *call.strides())
     grid = (tiles_m * ceil_div(shape.K, config.BLOCK_N),)
     return ConvPlan(config, grid, sizes, {"C": shape.C, **flags}, tiles_m)
 

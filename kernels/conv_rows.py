@@ -209,7 +209,7 @@ def rows_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
 
 def _plan(call: ConvCall) -> tuple[ConvPlan, ConvPlan]:
     shape, lanes = call.shape, _lanes(call)
-    flags = call.flags(shape.M * shape.K)
+    flags = call.flags(shape.M * call.pitch)
     config = call.config
     if config is None:
         config = _choose(shape.M, shape.K, current_device(call.x), flags["WIDE"])
@@ -223,7 +223,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, ConvPlan]:
         config,
         (tiles_m * ceil_div(shape.K, config.BLOCK_N),),
         (
-            *(shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, shape.K),
+            *(shape.M, shape.H, shape.W, shape.K, shape.P, shape.Q, call.pitch),
             *(x_n, x_c if lanes["STEP"] != shape.C else 0, x_h, *of_weight_and_residual[4:]),
         ),
         {"R": shape.R, **of_rows, "ACTIVATION": call.activation, **{name: flags[name] for name in kept}},

@@ -178,6 +178,8 @@ class ConvCall:
     """Of fp32 products: "ieee", or "tf32" where torch's switch for convolutions allows it."""
     prologue: Prologue | None = None
     shortcut: Shortcut | None = None
+    out: torch.Tensor | None = None
+    """Where y goes instead of memory of its own: see ``pitch``."""
     statistics: bool = False
     """Whether the statistics of y are asked for."""
     plans: dict[tuple, Any] = field(default_factory=dict)
@@ -189,15 +191,22 @@ class ConvCall:
         key = (
             make, self.config, self.activation, self.precision, self.statistics,
             before if before is None else before.activation,
-            None if self.shortcut is None else self.shortcut.layout, current_device(self.x),
+            None if self.shortcut is None else self.shortcut.layout, self.pitch, current_device(self.x),
         )  # fmt: skip
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = make(self)
         return plan
 
+    @property
+    def pitch(self) -> int:
+        """Elements between successive pixels of y: K, and more in a slice of a buffer's channels."""
+        return self.shape.K if self.out is None else pixel_pitch(self.out.shape, self.out.stride())
+
     def empty_output(self) -> torch.Tensor:
-        """y [N, K, P, Q], dense channels-last, of x's dtype and device."""
+        """y [N, K, P, Q], of x's dtype and device: ``out``, or else dense channels-last."""
+        if self.out is not None:
+            return self.out
         shape = self.shape
         N, K, P, Q = shape.N, shape.K, shape.P, shape.Q
         strides = (K * P * Q, 1, K * Q, K)
@@ -214,6 +223,9 @@ class ConvCall:
     def flags(self, outputs: int = 0) -> dict[str, object]:
         """The compile-time arguments that all convolution kernels share. outputs: elements of the output."""
         flags = self._layout(outputs)[1]
+        if self.out is not None:
+            size = self.x.element_size()
+            flags = {**flags, "VECTOR_Y": vector_width(size, self.shape.group_outputs, self.pitch)}
         return {**flags, "PRECISION": self.precision, "ACTIVATION": self.activation}
 
     def _layout(self, outputs: int):

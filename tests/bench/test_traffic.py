@@ -537,7 +537,7 @@ class TestNetworks:
             ("densenet121", "triton", 0.260, 222),
             ("mobilenet_v2", "triton", 0.349, 55),
             ("efficientnet_b0", "triton", 0.353, 87),
-            ("googlenet_2014", "triton", 0.419, 89),
+            ("googlenet_2014", "triton", 0.352, 80),
             ("convnext_tiny", "triton", 0.515, 66),
             ("resnet50", "auto", 0.354, 68),
             ("mobilenet_v2", "auto", 0.349, 54),
@@ -548,7 +548,7 @@ class TestNetworks:
                     ("vgg16_bn", "auto", 0.604, 35),
                     ("densenet121", "auto", 0.259, 205),
                     ("efficientnet_b0", "auto", 0.353, 86),
-                    ("googlenet_2014", "auto", 0.488, 105),
+                    ("googlenet_2014", "auto", 0.461, 113),
                     ("convnext_tiny", "auto", 0.862, 101),
                 )
             ),
@@ -567,8 +567,10 @@ class TestNetworks:
         assert found.ratio <= share
         assert found.fast.flops == found.stock.flops
         if name != "efficientnet_b0":  # whose gates are made by the convolution behind them
-            # A ResNet's shortcuts are computed by the last convolutions of their blocks.
-            for layer, before, after in found.rows(depth=2 if name == "resnet50" else 0):
+            # A ResNet's shortcuts are computed by the last convolutions of their blocks, and the convolutions
+            # that GoogLeNet concatenates by one call.
+            depth = {"resnet50": 2, "googlenet_2014": 1}.get(name, 0)
+            for layer, before, after in found.rows(depth=depth):
                 assert after.flops == before.flops, layer  # each convolution's work stays with its name
 
     def test_backward_of_every_layer_is_found(self):
