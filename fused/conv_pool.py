@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastnets.fused import composed, dispatch
+from fastnets.fused import composed, dispatch, onednn
 from fastnets.fused.activation import activation as activation_of
 from fastnets.fused.batch_norm import has_hooks, watched
 from fastnets.fused.chains import joined, put_one_call, sole_readers
@@ -184,7 +184,7 @@ def call_conv_act_pool(
     ``call_pool2d``, whose remarks hold."""
     served = _served_as_one(pool, conv, bn, act, x, backend)
     if served == "stock" and not watched(x):
-        y = conv._conv_forward(x, _in_stock_layout(conv._parameters["weight"]), conv._parameters["bias"])
+        y = _convolve(conv, x)
         return pool.forward(y if activation == "none" else activate_in_place(y, activation, negative_slope))
     if served == "triton":
         arguments = (
@@ -226,6 +226,16 @@ def _served_as_one(pool, conv, bn, act, x, backend) -> str:
         (e + 2 * p - d * (k - 1) - 1) // s + 1 >= w and e + 2 * p > d * (k - 1) for e, p, d, k, s, w in sizes
     )
     return "triton" if fits else ""
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Stock's convolution of few elements, by the way of PyTorch's that begins soonest."""
+    weight, bias = _in_stock_layout(conv._parameters["weight"]), conv._parameters["bias"]
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    plain = conv.padding_mode == "zeros" and conv.padding.__class__ is tuple
+    if plain and onednn.is_tiny(x, weight, *geometry):
+        return torch.ops.aten.thnn_conv2d(x, weight, weight.shape[2:], bias, *geometry[:2])
+    return conv._conv_forward(x, weight, bias)
 
 
 def _in_stock_layout(weight: Tensor) -> Tensor:

@@ -323,13 +323,8 @@ class Remembered:
     __slots__ = ("_check", "_options", "_precision", "_switches", "call")
 
     def __init__(self, call: Callable[[tuple], object], tensors: tuple[Tensor | None, ...], options: tuple):
-        given = [t for t in tensors if t is not None]
-        guards = _guards.TensorGuards(
-            *given,
-            dynamic_dims_sizes=[list(t.shape) for t in given],
-            dynamic_dims_strides=[list(t.stride()) for t in given],
-        )
-        self._check = _check_of(tuple([t is not None for t in tensors]))(guards.check)
+        check = _guard_of([t for t in tensors if t is not None])
+        self._check = _check_of(tuple([t is not None for t in tensors]))(check)
         self._options = options
         self._precision = _precision_of_fp32() if tensors[0].dtype is torch.float32 else None
         self._switches = switches()
@@ -344,6 +339,21 @@ class Remembered:
             and _decisions.get() is None
             and (self._precision is None or self._precision == _precision_of_fp32())
         )
+
+
+def _guard_of(tensors: list[Tensor]) -> Callable[..., bool]:
+    """Whether so many tensors are of the kind of these."""
+    return _guards.TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],
+    ).check
+
+
+def same_kind_as(tensors: tuple[Tensor, ...]) -> Callable[[tuple], bool]:
+    """Whether other arguments are tensors of the kind of these, as ``Remembered`` asks."""
+    check, count = _guard_of([*tensors]), len(tensors)
+    return lambda arguments: len(arguments) == count and check(*arguments)
 
 
 try:
@@ -420,6 +430,11 @@ def replays(tensors: int) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+def are_decisions_watched() -> bool:
+    """Whether somebody notes in this thread what is chosen, see ``decisions``."""
+    return _decisions.get() is not None
 
 
 def _in_range(name: str, body: Callable) -> Callable:

@@ -720,10 +720,10 @@ def _generate(
     if THEN_ADD in scope:
         attributes[THEN_ADD] = scope[THEN_ADD]
     if recipe.splits_batches:
-        forward = whole_forward.by_program(forward, runs_known_code)
         forward = in_chunks(
             forward, lambda cls: issubclass(cls, Rewritten) or is_stock(cls) or is_dropout_class(cls)
         )
+        forward = whole_forward.by_program(forward, runs_known_code)
     if recipe.replays:
         forward = replayed(forward)
     attributes |= {

@@ -50,22 +50,27 @@ class _State:
     The network itself is not held: it holds what is kept for it.
     """
 
+    __slots__ = (
+        *("attributes", "values", "inner", "classes", "members", "held", "tensors", "versions", "hooks"),
+        *("serves", "switches"),
+    )
+
     def __init__(self, network: nn.Module):
-        inner = list(network.modules())
-        self.attributes = [vars(m) for m in inner]
+        modules = list(network.modules())
+        self.attributes = [vars(m) for m in modules]
         self.values = [dict(attributes) for attributes in self.attributes]
-        self.classes = [m.__class__ for m in inner[1:]]
-        self.inner = inner[1:]
-        self.members = [vars(m)[kind] for m in inner for kind in ("_modules", "_parameters", "_buffers")]
+        self.inner = modules[1:]
+        self.classes = [*map(type, self.inner)]
+        self.members = [vars(m)[kind] for m in modules for kind in ("_modules", "_parameters", "_buffers")]
         self.held = self._members()
-        self.tensors = [t for t in self.held if isinstance(t, Tensor)]
-        self.versions = None
-        if all(t.__class__ in _PLAIN and not t.is_inference() for t in self.tensors):
-            self.versions = self._versions()
-        self.hooks = [vars(m)[kind] for m in inner[1:] for kind in _HOOKS]
-        self.evaluates = not any(m.training for m in inner)
-        self.patched = any("forward" in vars(m) for m in inner[1:])
+        self.hooks = [vars(m)[kind] for m in self.inner for kind in _HOOKS]
         self.switches = _switches()
+        self.tensors = [t for t in self.held if isinstance(t, Tensor)]
+        plain = all(t.__class__ in _PLAIN and not t.is_inference() for t in self.tensors)
+        self.versions = self._versions() if plain else []
+        patched = any("forward" in vars(m) for m in self.inner)
+        # Whether a program may be recorded, or taken, in this state.
+        self.serves = plain and not patched and not any(self.hooks) and not any(m.training for m in modules)
 
     def _members(self) -> list:
         return [*chain.from_iterable(map(dict.values, self.members))]
@@ -73,47 +78,41 @@ class _State:
     def _versions(self) -> list[int]:
         return [*map(_version, self.tensors)]
 
-    @property
-    def serves(self) -> bool:
-        """Whether a program may be recorded, or taken, in this state."""
-        return self.evaluates and not self.patched and self.versions is not None and not any(self.hooks)
-
     def is_current(self) -> bool:
-        if self.switches != _switches() or any(self.hooks):
-            return False
+        if not self.serves:  # which hooks keep it from more often than the rest
+            return any(self.hooks)
+        held = self.held
         now = self._members()
-        if len(now) != len(self.held) or not all(map(operator.is_, now, self.held)):
+        if len(now) != len(held) or not all(map(operator.is_, now, held)) or any(self.hooks):
             return False
-        if [m.__class__ for m in self.inner] != self.classes:
+        if self.switches != _switches() or [*map(type, self.inner)] != self.classes:
             return False
         try:
-            if self.attributes != self.values:
-                return False
+            return self.attributes == self.values and self._versions() == self.versions
         except (RuntimeError, TypeError, ValueError):  # tensors or arrays, which do not compare to one truth
             return False
-        return self.versions is not None and self._versions() == self.versions
 
 
 def _switches() -> tuple:
     """What a forward depends on besides its network and arguments."""
     return (
         dispatch.switches(),
+        dispatch.are_decisions_watched(),
         packing.generation(),
         torch._C._get_mkldnn_enabled(),
         torch.is_inference_mode_enabled(),
         torch.backends.mha.get_fastpath_enabled(),
-        torch.get_num_threads(),
     )
 
 
 class _Program:
     """The forward for one kind of arguments, as far as it is known."""
 
-    __slots__ = ("known", "run", "sure", "tries")
+    __slots__ = ("fits", "run", "sure", "tries")
 
     def __init__(self):
         self.run: Callable[[tuple], object] | None = None
-        self.known: dispatch.Remembered | None = None
+        self.fits: Callable[[tuple], bool] | None = None
         self.sure = False  # its result has been compared
         self.tries = 2  # the first may find weights to fold
 
@@ -121,15 +120,26 @@ class _Program:
 class _Network:
     """The programs of one network, all of one state, and why there is none for the last kind of call."""
 
-    __slots__ = ("programs", "state", "why_not")
+    __slots__ = ("last", "of", "programs", "state", "why_not")
 
     def __init__(self, network: nn.Module):
+        self.of = weakref.ref(network, functools.partial(_drop, _networks.pop, id(network)))
         self.state = _State(network)
         self.programs: dict[Hashable, _Program] = {}
+        self.last: _Program | None = None  # the one that served the last call, compared
         self.why_not = ""
 
 
-_networks: weakref.WeakKeyDictionary[nn.Module, _Network] = weakref.WeakKeyDictionary()
+_networks: dict[int, _Network] = {}  # by identity, which is found sooner than a weak key
+
+
+def _drop(pop: Callable, address: int, dead: weakref.ref) -> None:
+    pop(address, None)  # bound early: at interpreter exit networks can outlive this module's names
+
+
+def _network_of(module: nn.Module) -> _Network | None:
+    network = _networks.get(id(module))
+    return network if network is not None and network.of() is module else None
 
 
 def by_program(forward: Callable, is_known: Callable[[nn.Module], bool]) -> Callable:
@@ -140,66 +150,64 @@ def by_program(forward: Callable, is_known: Callable[[nn.Module], bool]) -> Call
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
-        if kwargs or not args or self.training or not is_inference() or not _takes(args[0]):
+        if kwargs or not args or not is_inference():
             return forward(self, *args, **kwargs)
-        network = _networks.get(self)
-        if network is not None:
-            program = network.programs.get(_kind(args))
-            sure = program is not None and program.sure
-            if sure and program.known.serves(args, ()) and network.state.is_current():
-                return program.run(args)
-        if not all(map(is_unobserved_inference, args)) or not _distinct(args):
+        network = _networks.get(id(self))
+        if network is not None and network.of() is self:
+            last = network.last
+            if last is not None and last.fits(args) and network.state.is_current():
+                return last.run(args)
+        if self.training or not all(map(_takes, args)) or len({id(x) for x in args}) < len(args):
             return forward(self, *args)
         return _run_and_record(forward, self, args, is_known)
 
     return run
 
 
-def forget(network: nn.Module) -> None:
+def forget(module: nn.Module) -> None:
     """Drop the programs of a network, and the weights that they hold."""
-    _networks.pop(network, None)
+    _networks.pop(id(module), None)
 
 
-def describe(network: nn.Module) -> str:
+def describe(module: nn.Module) -> str:
     """One sentence for reports; nothing where the network was not called in inference on the CPU."""
-    found = _networks.get(network)
-    if found is None:
+    network = _network_of(module)
+    if network is None:
         return ""
-    count = sum(program.sure for program in found.programs.values())
-    why_not = f"; not for the last kind of call: {found.why_not}" if found.why_not else ""
+    count = sum(program.sure for program in network.programs.values())
+    why_not = f"; not for the last kind of call: {network.why_not}" if network.why_not else ""
     if not count and not why_not:
         return ""
     return f"in inference on the CPU {count} kinds of call are taken from a program each{why_not}"
 
 
 def _takes(x: object) -> bool:
-    return x.__class__ is Tensor and x.device.type == "cpu" and dispatch.REMEMBERS
+    return dispatch.REMEMBERS and is_unobserved_inference(x) and not torch.is_autocast_enabled("cpu")
 
 
-def _kind(args: tuple) -> Hashable:
-    return tuple(
-        [(x.shape, x.stride(), x.dtype, x.is_inference()) if x.__class__ is Tensor else None for x in args]
-    )
-
-
-def _distinct(args: tuple) -> bool:
-    return len({id(x) for x in args}) == len(args)
+def _kind(args: tuple[Tensor, ...]) -> Hashable:
+    return tuple([(x.shape, x.stride(), x.dtype, x.is_inference()) for x in args])
 
 
 def _run_and_record(forward: Callable, module: nn.Module, args: tuple, is_known: Callable) -> object:
     """The first call with a state fills caches, the next is recorded, the one after that compared."""
-    network = _networks.get(module)
+    network = _network_of(module)
     if network is None or not network.state.is_current():
-        _networks[module] = _Network(module)
+        _networks[id(module)] = _Network(module)
         return forward(module, *args)
-    program = network.programs.setdefault(_kind(args), _Program())
+    kind = _kind(args)
+    program = network.programs.setdefault(kind, _Program())
     while len(network.programs) > _MOST:
         del network.programs[next(iter(network.programs))]
-    if program.run is not None and program.known.serves(args, ()):
+    if program.run is not None and program.fits(args):
+        network.last = program
+        if program.sure:
+            return program.run(args)
+        network.last = None
         result = _run_and_compare(forward, module, args, program)
         network.why_not = "" if program.sure else "its modules give another result each time"
         return result
-    if not program.tries or not network.state.serves or torch.is_autocast_enabled("cpu"):
+    if not program.tries or not network.state.serves:
         return forward(module, *args)
     program.tries -= 1
     for name, inner in module.named_modules():
@@ -217,7 +225,7 @@ def _run_and_record(forward: Callable, module: nn.Module, args: tuple, is_known:
         except Unfit:
             network.why_not = f"it returns a {type(result).__name__}"
             return result
-        program.known = dispatch.Remembered(program.run, args, ())
+        program.fits = dispatch.same_kind_as(args)
         network.why_not = ""
     return result
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastnets
 from fastnets.bench.traffic import compare, count
-from fastnets.fused import conv_act_pool, dispatch
+from fastnets.fused import conv_act_pool, dispatch, onednn
 from fastnets.models import create_model
 from tests.accuracy import assert_close_to
 from tests.fused.networks import assert_same_answers, graphs, images, kinds, settled
@@ -176,3 +176,23 @@ def test_hooks_inside_small_networks_fire(layer):
     with torch.no_grad():
         fast(images(2, 1, 28, 28))
     assert seen == [fast.get_submodule(layer)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (1, 1), ((2, 1), (0, 1))])
+def test_one_tiny_image_is_unrolled(stride, padding, bias):
+    conv = nn.Conv2d(3, 5, (5, 3), stride, padding, bias=bias)
+    stock = nn.Sequential(conv, nn.Tanh(), nn.AvgPool2d(2)).eval()
+    fast = fastnets.optimize(stock)
+    x = images(1, 3, 14, 13)
+    assert onednn.is_tiny(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+    assert_same_answers(stock, fast, x)
+    other_layout = x.to(memory_format=torch.channels_last)
+    assert not onednn.is_tiny(other_layout, conv.weight, conv.stride, conv.padding, conv.dilation, 1)
+    assert_same_answers(stock, fast, other_layout)
+    for wrong in (images(1, 3, 4 - 2 * conv.padding[0], 14), images(1, 4, 14, 13)):
+        with torch.no_grad(), pytest.raises(RuntimeError) as theirs:
+            stock(wrong)
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)) as ours:
+            fast(wrong)
+        assert str(theirs.value) == str(ours.value) or "channels" in str(ours.value)

@@ -57,7 +57,7 @@ def pair():
 
 
 def programs(net):
-    network = whole_forward._networks.get(net)
+    network = whole_forward._network_of(net)
     return [] if network is None else [p for p in network.programs.values() if p.sure]
 
 
