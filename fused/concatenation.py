@@ -9,9 +9,10 @@ it: ``x = cat((x, layer(x)), 1)`` moves the block's first channels as often as t
 first of a chain of concatenations makes room for all of them, the following ones write what is new behind
 what is there, and each result is a view of the buffer's first channels.
 
-Both are for CUDA and without gradients; elsewhere, and wherever shapes, dtypes or classes are not what the
-pattern expects, ``torch.cat`` runs. The values of a chain before the last one are views, so the pattern asks
-that nobody reads one after the next has been made, and that nobody to whom layout shows reads one at all.
+Both are for inference, the slices for CUDA alone, the chains for the CPU in fp32, too. Elsewhere, and where
+shapes, dtypes or classes are not what the pattern expects, ``torch.cat`` runs. The values of a chain before
+the last one are views, so the pattern asks that nobody reads one after the next has been made, and that
+nobody to whom layout shows reads one at all.
 """
 
 from __future__ import annotations
@@ -301,7 +302,11 @@ def _may_share(tensors: tuple[Tensor, ...], backend: str) -> bool:
     if any(t.__class__ is not Tensor or t.dim() != 4 for t in tensors) or in_transform():
         return False
     wanted = dispatch.requested(backend)
-    return wanted == "triton" or (wanted != "reference" and dispatch.device_type_of(tensors[0]) == "cuda")
+    if wanted in ("triton", "reference"):
+        return wanted == "triton"
+    # On the CPU what norms of 16 bits make of a slice takes longer than the copy.
+    on_cuda = dispatch.device_type_of(tensors[0]) == "cuda"
+    return on_cuda or all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
 def grow_in_place(graph: fx.Graph, backend: str) -> tuple[Fusion, ...]:

@@ -65,6 +65,21 @@ _BINDINGS = {
     aten.unsqueeze.default: torch.unsqueeze,
     aten.view.default: Tensor.view,
 }
+# Element by element: what writes the same values where it has just read.
+_IN_PLACE = {
+    aten.add.Tensor: Tensor.add_,
+    aten.addcmul.default: Tensor.addcmul_,
+    aten.gelu.default: aten.gelu_.default._op,
+    aten.hardsigmoid.default: aten.hardsigmoid_.default._op,
+    aten.hardswish.default: aten.hardswish_.default._op,
+    aten.hardtanh.default: aten.hardtanh_.default._op,
+    aten.leaky_relu.default: aten.leaky_relu_.default._op,
+    aten.mul.Tensor: Tensor.mul_,
+    aten.relu.default: torch.relu_,
+    aten.sigmoid.default: torch.sigmoid_,
+    aten.silu.default: aten.silu_.default._op,
+    aten.tanh.default: torch.tanh_,
+}
 _UNFIT_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
 
 
@@ -155,14 +170,19 @@ class _Known:
 
 
 class _Step:
-    """A line of the program: its source, the numbers of the tensors it reads and of those that it makes."""
+    """A line of the program: its source, the numbers of the tensors it reads and of those that it makes.
 
-    __slots__ = ("makes", "reads", "source")
+    in_place: the line that overwrites tensor ``overwrites``, which serves if that is not read again.
+    """
+
+    __slots__ = ("in_place", "makes", "overwrites", "reads", "source")
 
     def __init__(self, source: str, reads: Sequence[int], makes: Sequence[int] = ()):
         self.source = source
         self.reads = reads
         self.makes = makes
+        self.in_place = ""
+        self.overwrites = -1
 
 
 class Recorder(TorchDispatchMode):
@@ -190,6 +210,7 @@ class Recorder(TorchDispatchMode):
         for i in self.given:
             self._know(tensors[i], _Known(i, i))
         self.arguments = self.count = len(tensors)
+        self.bases: dict[int, int] = {}  # by numbers
         self.device_type = tensors[self.given[0]].device.type
         self.takes_addresses = takes_addresses
         self.holds_constants = holds_constants
@@ -279,7 +300,7 @@ class Recorder(TorchDispatchMode):
             if nature in ("writes", "restrides"):
                 self._check_written(op, args, kwargs)
             if nature == "restrides":  # before that, whatever was to look at the old sizes has done so
-                self._check_no_views_wait()
+                self._check_no_views_wait(self._find(args[0]).base)
             self._called(op, args, kwargs, result)
         else:
             raise Unfit
@@ -316,9 +337,9 @@ class Recorder(TorchDispatchMode):
                 if not isinstance(written, Tensor) or self._find(written).base < self.arguments:
                     raise Unfit
 
-    def _check_no_views_wait(self) -> None:
+    def _check_no_views_wait(self, base: int) -> None:
         for _, known in self.known.values():
-            if known.origin is not None and known.number is None:
+            if known.base == base and known.origin is not None and known.number is None:
                 raise Unfit
 
     def _called(self, op: Any, args: tuple, kwargs: dict, result: Any) -> None:
@@ -350,6 +371,25 @@ class Recorder(TorchDispatchMode):
         found = self._in_place_of_tensors((args, kwargs))
         makes = [self._known_of_made(r) if isinstance(r, Tensor) else None for r in results]
         self._call(op, *found, makes, several)
+        if op in _IN_PLACE and not several and results:
+            self._offer_in_place(op, args, kwargs, results[0])
+
+    def _offer_in_place(self, op: Any, args: tuple, kwargs: dict, result: Tensor) -> None:
+        """Let the last step overwrite its first operand, if that is all of a tensor of the call's own."""
+        if op is aten.mul.Tensor and isinstance(args[1], Tensor) and args[0].shape != result.shape:
+            args = (args[1], args[0], *args[2:])
+        x, known = args[0], self._find(args[0])
+        alike = (x.shape, x.stride(), x.dtype) == (result.shape, result.stride(), result.dtype)
+        others = [self._find(arg) for arg in (*args[1:], *kwargs.values()) if isinstance(arg, Tensor)]
+        own = known.number is not None and known.number == known.base >= self.arguments
+        if not alike or not own or any(other.base == known.base for other in others):
+            return
+        step, reads = self.steps[-1], []
+        found_args, found_kwargs = self._in_place_of_tensors((args, kwargs))
+        words = [self._word(arg, reads) for arg in found_args]
+        words += [f"{name}={self._word(arg, reads)}" for name, arg in found_kwargs.items()]
+        step.in_place = f"t{step.makes[0]} = {self._constant(_IN_PLACE[op])}({', '.join(words)})"
+        step.overwrites = known.base
 
     def _call(self, op: Any, args: tuple, kwargs: dict, makes: list[_Known | None], several: bool) -> None:
         reads: list[int] = []
@@ -375,6 +415,7 @@ class Recorder(TorchDispatchMode):
         if known.number is None:
             known.number = self.count
             self.count += 1
+            self.bases[known.number] = known.base
         return known.number
 
     def _know(self, tensor: Tensor, known: _Known) -> None:
@@ -449,6 +490,14 @@ class Recorder(TorchDispatchMode):
             raise Unfit
         return f"{self._constant(type(result)._make)}(({words}))"
 
+    def _last_readers(self, returned: Sequence[int]) -> dict[int, int]:
+        """For each tensor the last step that reads it or a view of it; beyond all for what is returned."""
+        last: dict[int, int] = {}
+        for i, step in enumerate(self.steps):
+            for number in step.reads:
+                last[self.bases.get(number, number)] = i
+        return last | {self.bases.get(number, number): len(self.steps) for number in returned}
+
     def program(self, result: Any, driver: Any = None) -> Callable[[tuple], Any]:
         """The call as a function of its tensors, which returns ``UNFIT`` for those that it does not serve.
 
@@ -461,6 +510,7 @@ class Recorder(TorchDispatchMode):
         for number, i in last.items():
             if number >= self.arguments and number not in reads:
                 dies.setdefault(i, []).append(number)
+        last_of_base = self._last_readers(reads)
         lines = ["def run(tensors):", f"    {''.join(f't{i}, ' for i in range(self.arguments))}= tensors"]
         names = {**self.constants, "empty": torch._C._VariableFunctions.empty_strided, "unfit": UNFIT}
         if driver is not None:
@@ -481,7 +531,8 @@ class Recorder(TorchDispatchMode):
                 "device_type": self.device_type,
             }
         for i, step in enumerate(self.steps):
-            lines.append(f"    {step.source}")
+            overwrites = step.in_place and last_of_base[step.overwrites] == i
+            lines.append(f"    {step.in_place if overwrites else step.source}")
             if self.takes_addresses:
                 lines += [f"    a{number} = t{number}.data_ptr()" for number in step.makes]
             if i in dies:

@@ -1,5 +1,6 @@
 """The op bn_add_act: accuracy against float64, gradient, registration, errors; and what networks call."""
 
+import copy
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from fastnets import fused
 from fastnets.fused.activation import ACTIVATIONS
 from fastnets.fused.batch_norm import call_bn_add_act
 from tests.accuracy import assert_close_to, assert_exact
+from tests.fused.networks import settled
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(3, 6), (2, 5, 9), (2, 8, 5, 7), (1, 1, 1, 1), (2, 7, 3, 4, 5), (0, 4, 3, 3)]
@@ -130,3 +132,20 @@ def test_stock_composition_never_writes_into_what_a_hook_kept():
     with torch.no_grad():
         call_bn_add_act(bn, None, x, torch.ones_like(x), "none")
         torch.testing.assert_close(kept[0], bn.forward(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels", [8, 5])  # all of a map's, or its first
+def test_channels_last_on_the_cpu_is_scaled_and_shifted(affine, channels):
+    bn = settled(nn.BatchNorm2d(channels, affine=affine))
+    x = torch.randn(3, 8, 6, 5).to(memory_format=torch.channels_last)[:, :channels]
+    with torch.no_grad():
+        for factor in (1.0, 2.0):
+            bn.running_mean.mul_(factor)
+            for _ in range(2):  # folded, and as kept
+                reference64 = F.relu(copy.deepcopy(bn).double()(x.double()))
+                y = call_bn_add_act(bn, None, x, None, "relu", 0.0, "auto")
+                assert_close_to(reference64, F.relu(bn(x)), y)
+                assert y.is_contiguous(memory_format=torch.channels_last)
+        nan = torch.full_like(x, float("nan"))
+        assert call_bn_add_act(bn, None, nan, None, "relu", 0.0, "auto").isnan().all()
