@@ -3,11 +3,13 @@
     y[n, c, p, q] = max or mean of x[n, c, h, w] over the window (p, q)
 
 x is [N, C, H, W] or [C, H, W]. Maximum pooling keeps one byte per window for its backward, the position of
-the winner, where stock keeps its input and an int64 index. On the CPU ``backend="auto"`` is stock.
+the winner, where stock keeps its input and an int64 index. On the CPU ``backend="auto"`` is stock, but for
+the mean of whole channels-last maps in inference, which is a product with equal weights.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
-from fastnets.fused.batch_norm import has_hooks, in_transform
+from fastnets.fused.batch_norm import has_hooks, in_transform, is_unobserved_inference
 
 # No Triton in there.
 from fastnets.kernels.pool_windows import (
@@ -400,9 +402,35 @@ def adaptive_avg_pool2d(x: Tensor, output_size, *, backend: str = "auto") -> Ten
         return F.adaptive_avg_pool2d(x, output_size)
 
     if _stock_serves(x, backend):
-        return stock()
+        return _mean_of_rows(x) if _is_mean_of_rows(x, output_size) else stock()
     arguments = (_output_size(output_size, x), *_UNREAD, True, 0, backend)
     return _run(x, stock, _average_infer, _average_differentiable, arguments)
+
+
+def _is_mean_of_rows(x: Tensor, output_size: object) -> bool:
+    """Whether the mean of each map of channels-last x is the sooner by a product, in inference on the CPU.
+
+    Measured (fp32, two cores): it takes 0.4 to 0.7 of the time of ``F.adaptive_avg_pool2d``, the sum of which
+    is not that of a product, and which divides in a pass of its own.
+    """
+    if not is_unobserved_inference(x) or x.dtype != torch.float32 or x.dim() != 4 or not x.numel():
+        return False
+    whole = output_size == 1 or output_size == (1, 1) or output_size == [1, 1]
+    _, C, H, W = x.shape
+    dense = C > 1 and H * W > 1 and x.stride() == (H * W * C, 1, W * C, C)
+    return whole and dense and not torch.is_autocast_enabled("cpu")
+
+
+def _mean_of_rows(x: Tensor) -> Tensor:
+    N, C, H, W = x.shape
+    mean = torch.bmm(_equal_weights(H * W).expand(N, 1, -1), x.permute(0, 2, 3, 1).view(N, H * W, C))
+    return mean.view(N, 1, 1, C).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def _equal_weights(count: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((1, 1, count), 1.0 / count)
 
 
 # --- modules, and what rewritten networks call --------------------------------------------------------------

@@ -206,9 +206,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.open = open
         self.known: dict[int, tuple[weakref.ref, _Known]] = {}
+        self.alike: dict[tuple, _Known] = {}  # by what tells tensors of one memory apart
         self.given = [i for i, t in enumerate(tensors) if t is not None]
         for i in self.given:
-            self._know(tensors[i], _Known(i, i))
+            self._know(tensors[i], self._alike(tensors[i], _Known(i, i)))
         self.arguments = self.count = len(tensors)
         self.bases: dict[int, int] = {}  # by numbers
         self.device_type = tensors[self.given[0]].device.type
@@ -322,7 +323,7 @@ class Recorder(TorchDispatchMode):
                 offset = 0
                 if self.takes_addresses:
                     offset = source.offset + view.data_ptr() - args[0].data_ptr()
-                self._know(view, _Known(None, source.base, offset))
+                self._know(view, self._alike(view, _Known(None, source.base, offset)))
             views.append(self._find(view))
         for view in views:
             if view.number is None and view.origin is None and not view.name:
@@ -338,6 +339,7 @@ class Recorder(TorchDispatchMode):
                     raise Unfit
 
     def _check_no_views_wait(self, base: int) -> None:
+        self.alike = {place: known for place, known in self.alike.items() if place[0] != base}
         for _, known in self.known.values():
             if known.base == base and known.origin is not None and known.number is None:
                 raise Unfit
@@ -408,8 +410,15 @@ class Recorder(TorchDispatchMode):
     def _known_of_made(self, tensor: Tensor) -> _Known:
         known = _Known(None, self.count)
         self._numbered(known)
-        self._know(tensor, known)
+        self._know(tensor, self._alike(tensor, known))
         return known
+
+    def _alike(self, tensor: Tensor, known: _Known) -> _Known:
+        """The first of the call's tensors that is the same part of the same memory, seen in the same way."""
+        if known.base < 0 or tensor.layout is not torch.strided:
+            return known
+        place = (known.base, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        return self.alike.setdefault(place, known)
 
     def _numbered(self, known: _Known) -> int:
         if known.number is None:

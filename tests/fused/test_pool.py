@@ -193,3 +193,20 @@ def test_compiled_training_holds_the_op():
     stock = x.detach().clone().requires_grad_()
     F.max_pool2d(stock, 3, 2, 1).sum().backward()
     assert_exact(stock.grad, x.grad)
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 7, 7), (5, 8, 3, 9), (2, 40, 1, 4)])
+def test_means_of_channels_last_maps_on_the_cpu(shape):
+    x = (torch.randn(shape) + 3).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        y = pools.adaptive_avg_pool2d(x, 1)
+        stock = F.adaptive_avg_pool2d(x, 1)
+        assert_close_to(F.adaptive_avg_pool2d(x.double(), 1), stock, y)
+        assert y.stride() == stock.stride()
+        x[0, 0] = float("nan")
+        x[-1, 1, 0] = float("inf")
+        y = pools.adaptive_avg_pool2d(x, (1, 1))
+    assert y.isnan().sum() == 1
+    assert y.isinf().sum() == 1
+    assert y[0, 0].isnan().all()
+    assert y[-1, 1].isinf().all()

@@ -86,6 +86,13 @@ def test_results_that_share_memory_with_what_was_read_are_not_overwritten():
         assert_exact(theirs, ours)
 
 
+def test_a_view_that_leads_back_is_what_it_came_from():
+    program = assert_repeats(lambda x: ((x @ WEIGHT).t().t() @ WEIGHT).t(), (4, 4))
+    assert operations_of(program, torch.randn(4, 4)) == ["mm", "mm", "t"]
+    program = assert_repeats(lambda x: (x @ WEIGHT).view(1, 16).relu_().view(4, 4) @ WEIGHT, (4, 4))
+    assert operations_of(program, torch.randn(4, 4)) == ["mm", "view", "relu_", "mm"]
+
+
 def test_constants_are_read_anew():
     weight = torch.ones(4, 4)
     program = program_of(lambda x: x @ weight.t(), torch.randn(2, 4))
