@@ -35,7 +35,8 @@ from fastnets.fused.linear_chain import implementation_of as implementation_of_c
 from fastnets.fused.optimize import arguments_of, restore
 from fastnets.fused.patterns import is_batch_norm, norm_kind
 from fastnets.fused.saved import SavedBytes
-from fastnets.fused.swap import Rewritten, blueprint_of, is_sequential, variants_in_force
+from fastnets.fused.swap import Rewritten
+from fastnets.fused.variants import blueprint_of, is_sequential, variants_in_force
 
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _GROUP_NORMS = tuple(group_norm.GROUP_NORMS)

@@ -27,15 +27,12 @@ from fastnets.fused.known_forwards import known_forward
 from fastnets.fused.layout import is_stock, may_observe_layout, names_read_by
 from fastnets.fused.packing import refresh
 from fastnets.fused.patterns import is_convolution
-from fastnets.fused.swap import (
+from fastnets.fused.swap import Rewritten, give_between_blocks, hides_layout, install
+from fastnets.fused.variants import (
     Recipe,
-    Rewritten,
     arguments_that_may_be_given,
     blueprint_of,
     capture_variants,
-    give_between_blocks,
-    hides_layout,
-    install,
     is_sequential,
     tensors_given,
     without_rewrite,

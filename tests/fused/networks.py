@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastnets
-from fastnets.fused.swap import Rewritten, variants_in_force
+from fastnets.fused.swap import Rewritten
+from fastnets.fused.variants import variants_in_force
 from tests.accuracy import assert_close_to
 
 

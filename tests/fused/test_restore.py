@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastnets
-from fastnets.fused.swap import Rewritten, without_rewrite
+from fastnets.fused.swap import Rewritten
+from fastnets.fused.variants import without_rewrite
 from tests.fused.networks import Classifier, Residual, assert_same_answers, images, kinds, settled
 
 torchvision = pytest.importorskip("torchvision")

@@ -10,7 +10,8 @@ from torch import nn
 
 import fastnets
 from fastnets.fused import transformer_patterns
-from fastnets.fused.swap import Rewritten, variants_in_force
+from fastnets.fused.swap import Rewritten
+from fastnets.fused.variants import variants_in_force
 from tests.accuracy import assert_close_to
 from tests.fused.networks import assert_same_answers, graphs, images
 
