@@ -26,12 +26,33 @@ def choose(x: Tensor, backend: str) -> str:
 
 
 def register(
-    name: str, schema: str, body: Callable, fake: Callable, *, with_gradients: Callable, **rules: Callable
+    name: str,
+    schema: str,
+    body: Callable,
+    fake: Callable,
+    *,
+    with_gradients: Callable,
+    casts: tuple[int, ...] = (),
+    **rules: Callable,
 ) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """The op and its twin below autograd, ``NAME_inference``; see ``dispatch.register``.
 
     with_gradients: the two ops by their differentiable forms, after a check of all arguments but the backend.
+    casts: positions of the tensors that autocast casts, the convolutions' operands, which may be None; BN's
+        vectors keep their precision.
     """
+
+    def autocast(x, *others):
+        arguments = [x, *others]
+        with torch._C._ExcludeDispatchKeyGuard(dispatch.AUTOCAST_KEYS):
+            if x.dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(x.device.type)
+                for i in casts:
+                    arguments[i] = None if arguments[i] is None else arguments[i].to(dtype)
+            return (differentiable if torch.is_grad_enabled() else infer)(*arguments)
+
+    if casts:
+        rules["autocast"] = autocast
     infer = dispatch.register(f"{name}_inference{schema}", body, fake, **rules)
 
     def autograd(*arguments):

@@ -116,16 +116,9 @@ def _with_gradients(*arguments):
     return channels_last(_pooled(conv_bn_act_op(*tensors, None, *options), maximum, window))
 
 
-def _autocast(x, *arguments):
-    with torch._C._ExcludeDispatchKeyGuard(dispatch.AUTOCAST_KEYS):
-        if x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return (_differentiable if torch.is_grad_enabled() else _infer)(x, *arguments)
-
-
 _differentiable, _infer = composed.register(
     *("conv_act_pool", _SCHEMA, _body, _fake),
-    with_gradients=_with_gradients, autocast=_autocast, flops=_flops,
+    with_gradients=_with_gradients, casts=(0,), flops=_flops,
 )  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def _versions(weight: Tensor, others: Sequence[Tensor | None]) -> list[int]:
     return [weight._version, *[t._version for t in others if t is not None]]
 
 
-def _drop(pop: Callable, address: int, dead: weakref.ref) -> None:
+def drop_dead(pop: Callable, address: int, dead: weakref.ref) -> None:
+    """For a weak reference: forget what a dict keeps under the address of what died, by its ``pop``."""
     pop(address, None)  # bound early: at interpreter exit weights can outlive this module's names
 
 
@@ -78,7 +79,7 @@ class _WeightEntry:
     __slots__ = ("by_key", "weight")
 
     def __init__(self, weight: Tensor):
-        self.weight = weakref.ref(weight, functools.partial(_drop, _entries.pop, id(weight)))
+        self.weight = weakref.ref(weight, functools.partial(drop_dead, _entries.pop, id(weight)))
         self.by_key: dict[tuple, Prepared] = {}
 
 
@@ -133,7 +134,9 @@ def transient() -> Iterator[None]:
 def mark_non_finite(weight: Tensor) -> None:
     """Note that this layer holds NaN or infinities, and prepare everything anew in that knowledge."""
     if id(weight) not in _non_finite:
-        _non_finite[id(weight)] = weakref.ref(weight, functools.partial(_drop, _non_finite.pop, id(weight)))
+        _non_finite[id(weight)] = weakref.ref(
+            weight, functools.partial(drop_dead, _non_finite.pop, id(weight))
+        )
         _entries.clear()
 
 

@@ -415,10 +415,9 @@ def _is_mean_of_rows(x: Tensor, output_size: object) -> bool:
     """
     if not is_unobserved_inference(x) or x.dtype != torch.float32 or x.dim() != 4 or not x.numel():
         return False
-    whole = output_size == 1 or output_size == (1, 1) or output_size == [1, 1]
     _, C, H, W = x.shape
     dense = C > 1 and H * W > 1 and x.stride() == (H * W * C, 1, W * C, C)
-    return whole and dense and not torch.is_autocast_enabled("cpu")
+    return pair(output_size) == (1, 1) and dense and not torch.is_autocast_enabled("cpu")
 
 
 def _mean_of_rows(x: Tensor) -> Tensor:

@@ -148,21 +148,9 @@ def _with_gradients(*arguments):
     return _composed(bn_add_act_op, conv_bn_act_op, *arguments)
 
 
-def _autocast(x, *arguments):
-    """Casts what autocast would: the convolution's operands. BN's vectors keep their precision."""
-    with torch._C._ExcludeDispatchKeyGuard(dispatch.AUTOCAST_KEYS):
-        residual = arguments[6]
-        if x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x = x.to(dtype)
-            residual = None if residual is None else residual.to(dtype)
-        op = _differentiable if torch.is_grad_enabled() else _infer
-        return op(x, *arguments[:6], residual, *arguments[7:])
-
-
 _differentiable, _infer = composed.register(
     *("bn_act_conv_bn_act", _SCHEMA, _body, _fake),
-    with_gradients=_with_gradients, autocast=_autocast, flops=conv_flops,
+    with_gradients=_with_gradients, casts=(0, 7), flops=conv_flops,
 )  # fmt: skip
 
 

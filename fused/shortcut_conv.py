@@ -123,19 +123,9 @@ def _with_gradients(*arguments):
     return _composed(conv_bn_act_op, *arguments)
 
 
-def _autocast(x, *arguments):
-    """Casts what autocast would: the convolutions' operands. BN's vectors keep their precision."""
-    with torch._C._ExcludeDispatchKeyGuard(dispatch.AUTOCAST_KEYS):
-        arguments = list(arguments)
-        if x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, arguments[6] = x.to(dtype), arguments[6].to(dtype)
-        return (_differentiable if torch.is_grad_enabled() else _infer)(x, *arguments)
-
-
 _differentiable, _infer = composed.register(
     *("conv_shortcut", _SCHEMA, _body, _fake),
-    with_gradients=_with_gradients, autocast=_autocast, flops=_flops,
+    with_gradients=_with_gradients, casts=(0, 7), flops=_flops,
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastnets.fused import dispatch, packing
-from fastnets.fused.batch_norm import is_inference, is_unobserved_inference
+from fastnets.fused.batch_norm import has_hooks, is_inference, is_unobserved_inference
 from fastnets.kernels.recording import Recorder, Unfit
 
 __all__ = ["by_program", "describe", "forget"]
@@ -68,9 +68,8 @@ class _State:
         self.tensors = [t for t in self.held if isinstance(t, Tensor)]
         plain = all(t.__class__ in _PLAIN and not t.is_inference() for t in self.tensors)
         self.versions = self._versions() if plain else []
-        patched = any("forward" in vars(m) for m in self.inner)
         # Whether a program may be recorded, or taken, in this state.
-        self.serves = plain and not patched and not any(self.hooks) and not any(m.training for m in modules)
+        self.serves = plain and not any(map(has_hooks, self.inner)) and not any(m.training for m in modules)
 
     def _members(self) -> list:
         return [*chain.from_iterable(map(dict.values, self.members))]
@@ -123,7 +122,7 @@ class _Network:
     __slots__ = ("last", "of", "programs", "state", "why_not")
 
     def __init__(self, network: nn.Module):
-        self.of = weakref.ref(network, functools.partial(_drop, _networks.pop, id(network)))
+        self.of = weakref.ref(network, functools.partial(packing.drop_dead, _networks.pop, id(network)))
         self.state = _State(network)
         self.programs: dict[Hashable, _Program] = {}
         self.last: _Program | None = None  # the one that served the last call, compared
@@ -131,10 +130,6 @@ class _Network:
 
 
 _networks: dict[int, _Network] = {}  # by identity, which is found sooner than a weak key
-
-
-def _drop(pop: Callable, address: int, dead: weakref.ref) -> None:
-    pop(address, None)  # bound early: at interpreter exit networks can outlive this module's names
 
 
 def _network_of(module: nn.Module) -> _Network | None:
@@ -152,14 +147,13 @@ def by_program(forward: Callable, is_known: Callable[[nn.Module], bool]) -> Call
     def run(self, *args, **kwargs):
         if kwargs or not args or not is_inference():
             return forward(self, *args, **kwargs)
-        network = _networks.get(id(self))
-        if network is not None and network.of() is self:
-            last = network.last
-            if last is not None and last.fits(args) and network.state.is_current():
-                return last.run(args)
+        network = _network_of(self)
+        last = None if network is None else network.last
+        if last is not None and last.fits(args) and network.state.is_current():
+            return last.run(args)
         if self.training or not all(map(_takes, args)) or len({id(x) for x in args}) < len(args):
             return forward(self, *args)
-        return _run_and_record(forward, self, args, is_known)
+        return _run_and_record(forward, self, network, args, is_known)
 
     return run
 
@@ -189,9 +183,10 @@ def _kind(args: tuple[Tensor, ...]) -> Hashable:
     return tuple([(x.shape, x.stride(), x.dtype, x.is_inference()) for x in args])
 
 
-def _run_and_record(forward: Callable, module: nn.Module, args: tuple, is_known: Callable) -> object:
+def _run_and_record(
+    forward: Callable, module: nn.Module, network: _Network | None, args: tuple, is_known: Callable
+) -> object:
     """The first call with a state fills caches, the next is recorded, the one after that compared."""
-    network = _network_of(module)
     if network is None or not network.state.is_current():
         _networks[id(module)] = _Network(module)
         return forward(module, *args)
@@ -200,10 +195,9 @@ def _run_and_record(forward: Callable, module: nn.Module, args: tuple, is_known:
     while len(network.programs) > _MOST:
         del network.programs[next(iter(network.programs))]
     if program.run is not None and program.fits(args):
-        network.last = program
         if program.sure:
+            network.last = program
             return program.run(args)
-        network.last = None
         result = _run_and_compare(forward, module, args, program)
         network.why_not = "" if program.sure else "its modules give another result each time"
         return result

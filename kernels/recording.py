@@ -387,20 +387,17 @@ class Recorder(TorchDispatchMode):
         if not alike or not own or any(other.base == known.base for other in others):
             return
         step, reads = self.steps[-1], []
-        found_args, found_kwargs = self._in_place_of_tensors((args, kwargs))
-        words = [self._word(arg, reads) for arg in found_args]
-        words += [f"{name}={self._word(arg, reads)}" for name, arg in found_kwargs.items()]
-        step.in_place = f"t{step.makes[0]} = {self._constant(_IN_PLACE[op])}({', '.join(words)})"
+        words = self._words(*self._in_place_of_tensors((args, kwargs)), reads)
+        step.in_place = f"t{step.makes[0]} = {self._constant(_IN_PLACE[op])}({words})"
         step.overwrites = known.base
 
     def _call(self, op: Any, args: tuple, kwargs: dict, makes: list[_Known | None], several: bool) -> None:
         reads: list[int] = []
-        words = [self._word(arg, reads) for arg in args]
-        words += [f"{name}={self._word(arg, reads)}" for name, arg in kwargs.items()]
+        words = self._words(args, kwargs, reads)
         numbers = [None if known is None else self._numbered(known) for known in makes]
         left = ", ".join("_" if number is None else f"t{number}" for number in numbers)
         left = f"{left}{',' * several} = " if numbers else ""
-        source = f"{left}{self._constant(_BINDINGS.get(op, op._op))}({', '.join(words)})"
+        source = f"{left}{self._constant(_BINDINGS.get(op, op._op))}({words})"
         self.steps.append(_Step(source, reads, [number for number in numbers if number is not None]))
 
     def _made(self, tensor: Tensor) -> int:
@@ -463,6 +460,10 @@ class Recorder(TorchDispatchMode):
             self._call(*known.origin)
         reads.append(known.number)
         return f"t{known.number}"
+
+    def _words(self, args: tuple, kwargs: dict, reads: list[int]) -> str:
+        words = [self._word(arg, reads) for arg in args]
+        return ", ".join([*words, *(f"{name}={self._word(arg, reads)}" for name, arg in kwargs.items())])
 
     def _word(self, value: Any, reads: list[int]) -> str:
         if isinstance(value, _Known):
