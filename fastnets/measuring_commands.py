@@ -347,8 +347,7 @@ def profile(
 ) -> None:
     """Where the time and the memory of a network go, by op and by layer."""
     import fastnets
-    from fastnets.bench import baselines, environment, networks
-    from fastnets.bench import profile as profiling
+    from fastnets.bench import baselines, environment, networks, profiling
     from fastnets.bench.report import refuse_unwritable
     from fastnets.fused.dispatch import validate_backend
 

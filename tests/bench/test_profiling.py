@@ -11,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastnets
-from fastnets.bench.profile import profile, tool_commands
+from fastnets.bench.profiling import profile, tool_commands
 from fastnets.cli import app
 
 
