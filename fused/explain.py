@@ -32,6 +32,7 @@ from fastnets.fused.known_forwards import fusions_of
 from fastnets.fused.layer_norm import choose as choose_norm
 from fastnets.fused.layout import is_stock
 from fastnets.fused.linear_chain import implementation_of as implementation_of_chain
+from fastnets.fused.norm_linear import takes_norm
 from fastnets.fused.optimize import arguments_of, restore
 from fastnets.fused.patterns import is_batch_norm, norm_kind
 from fastnets.fused.saved import SavedBytes
@@ -275,13 +276,23 @@ class _Rows:
         row = Row(path, fusion.kind, not reason, "stock", reason, len(parts), counts)
         if not reason:
             row.implementation = self._implementation(path, fusion, module, layers)
-            if fusion.joins and row.implementation == "triton":
+            joins = fusion.joins and row.implementation == "triton"
+            if joins and self._is_joined(path, fusion, module, layers):
                 row.implementation = f"triton, with {_join(prefix, fusion.joins)}"
         if fusion.family == "attention" and head is None:
             row.flops, row.bytes = self.shapes.attention_cost(path)
         elif fusion.family not in ("block", *_OF_NO_LAYER):
             row.flops, row.bytes = self._cost(prefix, fusion, head if head is not None else module, layers)
         self._add(path, row)
+
+    def _is_joined(self, path: str, fusion: Fusion, module: nn.Module, layers: dict) -> bool:
+        """Whether a norm is at the head of the linear layer after it; others are where they are found."""
+        if fusion.family != "norm":
+            return True
+        norm, reader = layers["norm"], module.get_submodule(fusion.joins)
+        x, backend = self.shapes.example_for(path, norm), module._fastnets.recipe.backend
+        with torch.no_grad(), dispatch.assume_device_type(_device_of([module])):
+            return takes_norm(norm, reader, None, fusion.activation, x, backend)
 
     def _cost(self, prefix: str, fusion: Fusion, head: nn.Module, layers: dict) -> tuple:
         """FLOPs and bytes of a fused call: of a chain of linear layers, of all of them."""

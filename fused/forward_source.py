@@ -23,6 +23,7 @@ from fastnets.fused.layout import (
     restore_layout_of_all,
 )
 from fastnets.fused.linear_chain import join_linear_chains
+from fastnets.fused.norm_linear_patterns import join_norms
 from fastnets.fused.patterns import join_preactivations, mark_dying_residuals
 from fastnets.fused.response_norm_pool import join_response_norms
 from fastnets.fused.shortcut_conv import join_shortcuts
@@ -82,6 +83,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             variant.fusions += grow_in_place(graph, recipe.backend)
             variant.overwrites = mark_dying_residuals(graph, modules)
             variant.fusions = join_shortcuts(graph, modules, variant.fusions)
+            variant.fusions = join_norms(graph, modules, variant.fusions)
         variant.source, variant.namespace = _source_of(graph)
         if (adding := ending_in_addition(graph, module)) is not None:
             variant.source_then_add, more = _source_of(adding)

@@ -326,7 +326,7 @@ def _checked_dims(function: str, x: Tensor, row: tuple[int, ...]) -> int:
     return dims
 
 
-def _rms_eps(eps: float | None, *tensors: Tensor | None) -> float:
+def rms_eps(eps: float | None, *tensors: Tensor | None) -> float:
     if eps is not None:
         return eps
     return torch.finfo(_wide(*[t for t in tensors if t is not None])).eps
@@ -383,7 +383,7 @@ def rms_norm(
     if _stock_serves(x, backend):
         y = F.rms_norm(x, row, weight, eps)
         return y if residual is None else y + residual
-    return _normalise("rms_norm", x, residual, row, weight, None, _rms_eps(eps, x), False, backend)
+    return _normalise("rms_norm", x, residual, row, weight, None, rms_eps(eps, x), False, backend)
 
 
 def add_layer_norm(
@@ -421,7 +421,7 @@ def add_rms_norm(
     if _stock_serves(x, backend) or residual.shape != x.shape:
         s = x + residual
         return rms_norm(s, row, weight, eps, backend=backend), s
-    eps = _rms_eps(eps, x, residual)
+    eps = rms_eps(eps, x, residual)
     return _add_and_normalise("add_rms_norm", x, residual, row, weight, None, eps, False, backend)
 
 
@@ -479,7 +479,7 @@ def _recorded(tensors: tuple, cls: type, row: tuple, eps: float | None, backend:
     else:
         return None
     if cls is nn.RMSNorm:
-        eps = _rms_eps(eps, *[t for t in (x, residual) if t is not None])
+        eps = rms_eps(eps, *[t for t in (x, residual) if t is not None])
     return body.recorded(*tensors, len(row), eps, cls is nn.LayerNorm, None, backend)
 
 

@@ -68,7 +68,7 @@ def _triton(x, weight, bias, layer_scale, residual, activation, negative_slope, 
         activation=activation,
         negative_slope=negative_slope,
         keep_pre_activation=keep,
-        dtype=_result_dtype(x, layer_scale, residual),
+        dtype=result_dtype(x, layer_scale, residual),
     )
 
 
@@ -87,14 +87,14 @@ def _vendor(x, weight, bias, layer_scale, residual, activation, negative_slope) 
     z = _product(x, weight, bias)
     if plain and activation == "none":
         return z
-    dtype = _result_dtype(x, layer_scale, residual)
+    dtype = result_dtype(x, layer_scale, residual)
     return finish_linear(
         z.contiguous(), None, layer_scale, residual, activation=activation, negative_slope=negative_slope,
         in_place=dtype == z.dtype, dtype=dtype,
     )  # fmt: skip
 
 
-def _result_dtype(x: Tensor, layer_scale: Tensor | None, residual: Tensor | None) -> torch.dtype:
+def result_dtype(x: Tensor, layer_scale: Tensor | None, residual: Tensor | None) -> torch.dtype:
     dtype = x.dtype
     for other in (layer_scale, residual):
         if other is not None and other.dtype != dtype:
@@ -205,7 +205,7 @@ def _body(x, weight, bias, layer_scale, residual, activation, negative_slope, ba
         prepared = packing.lookup(weight, key, (bias, kept))
         if prepared is not None:
             return prepared.run(x, residual, given)
-    _validate(x, weight, bias, layer_scale, residual, activation)
+    validate_linear(x, weight, bias, layer_scale, residual, activation)
     implementation = choose(x, weight, extra, activation, backend, wanted)
     arguments = (x, weight, bias, layer_scale, residual, activation, negative_slope)
     if implementation == "reference" or x.numel() == 0:
@@ -215,7 +215,7 @@ def _body(x, weight, bias, layer_scale, residual, activation, negative_slope, ba
     if not on_cpu:
         return _vendor(*arguments)
     if x.is_meta:
-        return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=_result_dtype(x, layer_scale, residual))
+        return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=result_dtype(x, layer_scale, residual))
     sources = (weight, bias, kept)
     keep = packing.may_keep(sources)
     cast = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -225,7 +225,7 @@ def _body(x, weight, bias, layer_scale, residual, activation, negative_slope, ba
     return run(x, residual, given)
 
 
-def _validate(x, weight, bias, layer_scale, residual, activation) -> None:
+def validate_linear(x, weight, bias, layer_scale, residual, activation) -> None:
     """Errors name the argument, the fact and the remedy."""
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -252,11 +252,11 @@ def _validate(x, weight, bias, layer_scale, residual, activation) -> None:
 
 
 def _fake(x, weight, bias, layer_scale, residual, activation, negative_slope, backend):
-    _validate(x, weight, bias, layer_scale, residual, activation)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=_result_dtype(x, layer_scale, residual))
+    validate_linear(x, weight, bias, layer_scale, residual, activation)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=result_dtype(x, layer_scale, residual))
 
 
-def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+def linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
 
 
@@ -275,7 +275,7 @@ def _keeps(activation: str, layer_scale: Tensor | None, residual: Tensor | None)
 
 def _training_body(x, weight, bias, layer_scale, residual, activation, negative_slope, backend):
     """(y, z)."""
-    _validate(x, weight, bias, layer_scale, residual, activation)
+    validate_linear(x, weight, bias, layer_scale, residual, activation)
     extra = layer_scale is not None or residual is not None
     arguments = (layer_scale, residual, activation, negative_slope)
     implementation = choose(x, weight, extra, activation, _learning(backend))
@@ -285,7 +285,7 @@ def _training_body(x, weight, bias, layer_scale, residual, activation, negative_
     if implementation == "library" and x.is_cuda and x.numel():
         from fastnets.kernels.linear import finish_linear
 
-        dtype = _result_dtype(x, layer_scale, residual)
+        dtype = result_dtype(x, layer_scale, residual)
         y = finish_linear(
             z, None, layer_scale, residual, activation=activation, negative_slope=negative_slope, dtype=dtype
         )
@@ -305,7 +305,10 @@ def _training_fake(x, weight, bias, layer_scale, residual, activation, negative_
 
 
 _training = dispatch.register(
-    f"linear_act_training({_ARGUMENTS}) -> (Tensor, Tensor)", _training_body, _training_fake, flops=_flops
+    f"linear_act_training({_ARGUMENTS}) -> (Tensor, Tensor)",
+    _training_body,
+    _training_fake,
+    flops=linear_flops,
 )
 
 
@@ -378,10 +381,15 @@ def _autocast(x, weight, bias, *arguments):
 
 
 _infer = dispatch.register(
-    f"linear_act_inference({_ARGUMENTS}) -> Tensor", _body, _fake, autocast=_autocast, flops=_flops
+    f"linear_act_inference({_ARGUMENTS}) -> Tensor", _body, _fake, autocast=_autocast, flops=linear_flops
 )
 _differentiable = dispatch.register(
-    f"linear_act({_ARGUMENTS}) -> Tensor", _body, _fake, autograd=_autograd, autocast=_autocast, flops=_flops
+    f"linear_act({_ARGUMENTS}) -> Tensor",
+    _body,
+    _fake,
+    autograd=_autograd,
+    autocast=_autocast,
+    flops=linear_flops,
 )
 
 
@@ -409,7 +417,7 @@ def linear_act(
     """
     dispatch.validate_backend(backend)
     if in_transform():
-        _validate(x, weight, bias, layer_scale, residual, activation)
+        validate_linear(x, weight, bias, layer_scale, residual, activation)
         return _composition(x, weight, bias, layer_scale, residual, activation, negative_slope)
     op = _differentiable if torch.is_grad_enabled() else _infer
     return op(x, weight, bias, layer_scale, residual, activation, negative_slope, backend)
@@ -445,7 +453,7 @@ def call_linear_act(
         weight = parameters.get("weight")
         remembered = _memory.get((id(weight), x.shape))
         if remembered is not None and not (
-            has_hooks(linear) or linear.__class__ not in _LINEARS or (act is not None and has_hooks(act))
+            has_hooks(linear) or linear.__class__ not in LINEARS or (act is not None and has_hooks(act))
         ):
             scales = isinstance(layer_scale, nn.Module)
             scale = layer_scale._parameters.get("gamma") if scales else layer_scale
@@ -454,7 +462,7 @@ def call_linear_act(
                 not scales or _scales_plainly(layer_scale)
             ):
                 return remembered.call(tensors)
-    if _runs_stock(linear, act, x, residual, layer_scale, backend):
+    if runs_stock(linear, act, x, residual, layer_scale, backend):
         weight = linear._parameters.get("weight")
         if weight is not None and torch.is_grad_enabled():
             packing.forget(weight)  # a training step may follow
@@ -483,10 +491,10 @@ def _call_stock(linear, act, x, residual, activation, negative_slope, layer_scal
     return y if residual is None else y + residual  # y is contiguous, and so is the sum
 
 
-def _runs_stock(linear, act, x, residual, layer_scale, backend) -> bool:
+def runs_stock(linear, act, x, residual, layer_scale, backend) -> bool:
     weight = linear._parameters.get("weight")
     if (
-        linear.__class__ not in _LINEARS
+        linear.__class__ not in LINEARS
         or weight.__class__ not in _PLAIN_WEIGHTS
         or (linear.__class__ is nn.Linear and has_hooks(linear))
         or (act is not None and has_hooks(act))
@@ -636,7 +644,7 @@ class LinearAct(nn.Linear):
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-_LINEARS = (nn.Linear, LinearAct)
+LINEARS = (nn.Linear, LinearAct)
 
 
 def implementation_of(
@@ -649,7 +657,7 @@ def implementation_of(
     backend: str = "auto",
 ) -> str:
     """The implementation that ``call_linear_act`` would run for an input like ``x``; "stock" if none."""
-    if _runs_stock(linear, act, x, residual, layer_scale, backend):
+    if runs_stock(linear, act, x, residual, layer_scale, backend):
         return "stock"
     extra = residual is not None or layer_scale is not None
     return choose(x, linear.weight, extra, activation, backend)

@@ -28,6 +28,7 @@ from fastnets.fused.handing_down import call_then_add, ends_in_linear, finish
 from fastnets.fused.layer_norm import call_layer_norm, layer_norm
 from fastnets.fused.layout import is_stock
 from fastnets.fused.linear import call_linear, call_linear_act
+from fastnets.fused.norm_linear import call_norm_linear
 
 _MULTIPLY = (operator.mul, torch.mul, "mul", "mul_")
 _RESHAPING = ("reshape", "view", "unsqueeze", "flatten", "squeeze")
@@ -90,13 +91,22 @@ def call_linear_scale_add(
     activation: str,
     negative_slope: float,
     backend: str,
+    *,
+    norm: nn.Module | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
-    """``act(linear(x)) · scale + residual``: ``call_linear_act`` for whatever the network multiplies with."""
+    """``act(linear(x)) · scale + residual``: ``call_linear_act`` for whatever the network multiplies with.
+
+    norm, statistics: where x is to be normalised first, see ``call_norm_linear``.
+    """
     vector, plain = as_vector(scale, linear.out_features)
-    if plain:
-        return call_linear_act(linear, act, x, residual, activation, negative_slope, vector, backend)
-    y = call_linear_act(linear, act, x, None, activation, negative_slope, None, backend)
-    return finish(y, residual, scale)
+    added, times = (residual, vector) if plain else (None, None)
+    options = (activation, negative_slope, times, backend)
+    if norm is None:
+        y = call_linear_act(linear, act, x, added, *options)
+    else:
+        y = call_norm_linear(norm, linear, act, x, added, *options, statistics=statistics)
+    return y if plain else finish(y, residual, scale)
 
 
 def as_vector(scale: Tensor | None, features: int) -> tuple[Tensor | None, bool]:

@@ -26,7 +26,7 @@ from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import DTYPES, Config, RepresentativeCall, UnsupportedConfig, launch, tiles
 from fastnets.kernels.row_tiles import clamp_columns, row_start, strided_rows
 
-__all__ = ["check_rows", "configs", "is_wide", "layer_norm", "representative_calls"]
+__all__ = ["check_rows", "configs", "is_wide", "layer_norm", "pick_config", "representative_calls"]
 
 
 @triton.jit
@@ -191,7 +191,8 @@ def is_wide(columns: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick(rows: int, columns: int, config: Config | None, multiprocessors: int) -> Config:
+def pick_config(rows: int, columns: int, config: Config | None, multiprocessors: int) -> Config:
+    """The config for so many rows, ``config`` if it suits; ``UnsupportedConfig`` where it does not."""
     if is_wide(columns):
         picked = _config(_STEP)
         if config is not None and config != picked:
@@ -245,7 +246,7 @@ def layer_norm(
     if x.numel() == 0:
         return y, total, *(None if t is None else t.zero_() for t in (mean, rstd))
     multiprocessors = 0 if config is not None else current_device(x).multiprocessors
-    config = _pick(of.rows, of.columns, config, multiprocessors)
+    config = pick_config(of.rows, of.columns, config, multiprocessors)
     weight, bias = contiguous_vectors(weight, bias)
     launch(
         wide_layer_norm_kernel if is_wide(of.columns) else layer_norm_kernel,

@@ -55,6 +55,13 @@ from fastnets.kernels.linear_configs import (
     suits,
 )
 from fastnets.kernels.linear_tile import finish_tile, operand_rows
+from fastnets.kernels.row_statistics import (
+    Norm,
+    check_norm,
+    normalise_tile,
+    scale_of_rows,
+    width_of_parts,
+)
 
 __all__ = [
     "choose_config",
@@ -68,19 +75,20 @@ __all__ = [
 
 @triton.jit(do_not_specialize=["M", "N", "K", "x_pitch", "weight_pitch", "residual_pitch", "residual_rows"])
 def linear_kernel(
-    x, weight, y, bias, layer_scale, residual, z, u, sums, M, N, K, x_pitch, weight_pitch,
-    residual_pitch, residual_rows, negative_slope,
+    x, weight, y, bias, layer_scale, residual, z, u, sums, norm_weight, norm_bias, statistics, y_statistics,
+    M, N, K, x_pitch, weight_pitch, residual_pitch, residual_rows, negative_slope, norm_eps,
     X_BY_ROWS: tl.constexpr, WEIGHT_BY_ROWS: tl.constexpr, VECTOR_X: tl.constexpr,
     VECTOR_WEIGHT: tl.constexpr, VECTOR_Y: tl.constexpr, VECTOR_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, HALVES: tl.constexpr,
+    SPLIT_K: tl.constexpr, HALVES: tl.constexpr, NORM_WIDTH: tl.constexpr = 0, CENTRED: tl.constexpr = True,
 ):  # fmt: skip
     """One [BLOCK_M, BLOCK_N] tile of y, from one share of K: grid (tiles, SPLIT_K).
 
     With SPLIT_K > 1, y is the fp32 workspace [SPLIT_K, M, N] of partial sums. *_BY_ROWS: the operand lies row
     by row, its rows a pitch apart; else column by column (x of a weight's gradient). VECTOR_*: elements of an
-    aligned access along the run. EVEN_K: BLOCK_K divides K. WIDE: offsets need 64 bits. The rest: see
+    aligned access along the run. EVEN_K: BLOCK_K divides K. WIDE: offsets need 64 bits. NORM_WIDTH: columns
+    of a part of ``statistics``, with which x, by rows, is normalised; 0: it is not. The rest: see
     ``finish_tile``.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -105,6 +113,8 @@ def linear_kernel(
     lanes = tl.arange(0, BLOCK_K).to(INDEX)
     k = first.to(INDEX) * BLOCK_K if SPLIT_K > 1 else tl.zeros((), INDEX)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if NORM_WIDTH > 0:
+        mean, scale = scale_of_rows(statistics, m, K, norm_eps, NORM_WIDTH, CENTRED)
     for _ in range(first, last):
         # Lanes past K read zeros; their addresses are drawn back into the tensor, since an asynchronous copy
         # may touch even what its mask excludes.
@@ -130,6 +140,12 @@ def linear_kernel(
         else:
             a = tl.load(a_pointers, mask=present[None, :], other=0.0)
             b = tl.load(b_pointers, mask=present[:, None], other=0.0)
+        if NORM_WIDTH > 0:
+            at = k + lanes if EVEN_K else columns
+            here = at if EVEN_K else present
+            a = normalise_tile(
+                a, mean, scale, norm_weight, norm_bias, at, here, EVEN_K, weight.dtype.element_ty
+            )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         k += BLOCK_K
 
@@ -139,13 +155,13 @@ def linear_kernel(
         y += tl.program_id(1).to(INDEX) * M * N
         finish_tile(
             acc, m, m < M, tile_n * BLOCK_N, N, y, (None, None, None, 0, 1), (None, None), negative_slope,
-            None, tile_m, "none", INDEX, False,
+            None, tile_m, None, "none", INDEX, False,
         )  # fmt: skip
     else:
         terms = (bias, layer_scale, residual, residual_pitch, residual_rows)
         finish_tile(
             acc, m, m < M, tile_n * BLOCK_N, N, y, terms, (z, u), negative_slope, sums, tile_m,
-            ACTIVATION, INDEX, HALVES,
+            y_statistics, ACTIVATION, INDEX, HALVES,
         )  # fmt: skip
 
 
@@ -196,13 +212,14 @@ def linear_stream_kernel(
         acc = acc_0 if row == 0 else acc_1 if row == 1 else acc_2 if row == 2 else acc_3
         finish_tile(
             tl.sum(acc, 1)[None, :], m + row, m + row < M, first_n, N, y, terms, (z, None), negative_slope,
-            None, 0, ACTIVATION, INDEX, False,
+            None, 0, None, ACTIVATION, INDEX, False,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "N", "residual_pitch", "residual_rows"])
 def linear_finish_kernel(
-    partial, y, bias, layer_scale, residual, z, u, sums, M, N, residual_pitch, residual_rows, negative_slope,
+    partial, y, bias, layer_scale, residual, z, u, sums, y_statistics, M, N, residual_pitch, residual_rows,
+    negative_slope,
     VECTOR_Y: tl.constexpr, VECTOR_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -221,8 +238,9 @@ def linear_finish_kernel(
         acc += tl.load(partial + offsets + share * (M.to(INDEX) * N), mask=inside, other=0.0).to(tl.float32)
     terms = (bias, layer_scale, residual, residual_pitch, residual_rows)
     finish_tile(
-        acc, m, m < M, first_n, N, y, terms, (z, u), negative_slope, sums, tile_m, ACTIVATION, INDEX, False
-    )
+        acc, m, m < M, first_n, N, y, terms, (z, u), negative_slope, sums, tile_m, y_statistics, ACTIVATION,
+        INDEX, False,
+    )  # fmt: skip
 
 
 # --- launching ----------------------------------------------------------------------------------------------
@@ -239,15 +257,26 @@ class _Plan(NamedTuple):
     finishing_grid: tuple[int, ...]
     finishing_flags: dict[str, object]
 
+    @property
+    def parts(self) -> int:
+        """Columns of y that its epilogue finishes at a time."""
+        if self.finishing is not None:
+            return self.finishing.BLOCK_N
+        return self.config.BLOCK_N // 2 if self.config.HALVES else self.config.BLOCK_N
+
+
+_NO_NORM = (0, True)
+
 
 @functools.lru_cache(maxsize=8192)
 def _plan(
     M: int, N: int, K: int, element_size: int, x: tuple[bool, int], weight: tuple[bool, int],
     residual: tuple[int, int], activation: str, precision: str, gradient: bool, keeps: bool,
-    device: Device, config: Config | None,
+    device: Device, config: Config | None, norm: tuple[int, bool] = _NO_NORM, emits: bool = False,
 ) -> _Plan:  # fmt: skip
     """x, weight: (by rows, pitch). residual: (pitch, rows), 0 where there is none. gradient: of
-    ``matrix_product``. keeps: z is stored, too."""
+    ``matrix_product``. keeps: z is stored, too. norm: (columns of a part of the statistics, centred), 0 where
+    x is taken as it is. emits: the statistics of y are stored, too."""
     width = 16 // element_size
     flags = {
         "VECTOR_X": vector_width(element_size, x[1], K if x[0] else M),
@@ -261,12 +290,13 @@ def _plan(
         "VECTOR_RESIDUAL": vector_width(2, residual[0]) if residual[0] else width,
     }
     by_rows = x[0] and weight[0]
-    if config is None and by_rows and not gradient and streams(M, element_size, precision, device):
+    tiled = gradient or norm[0] or emits
+    if config is None and by_rows and not tiled and streams(M, element_size, precision, device):
         config = choose_stream_config(N, element_size, device)
     if config is not None and "BLOCK_M" not in config.meta:
-        if M > STREAMED_ROWS or not by_rows or gradient:
+        if M > STREAMED_ROWS or not by_rows or tiled:
             raise UnsupportedConfig(
-                f"{config} streams at most {STREAMED_ROWS} rows that lie by rows, got {M}"
+                f"{config} streams at most {STREAMED_ROWS} rows that lie by rows, got {M}, and no statistics"
             )
         flags["EVEN_K"] = K % config.BLOCK_K == 0
         flags["ROWS"] = 1 if M == 1 else 2 if M == 2 else 4
@@ -279,7 +309,7 @@ def _plan(
         raise UnsupportedConfig(f"{config} leaves too few registers for this call's addresses")
     flags |= {
         **epilogue, "X_BY_ROWS": x[0], "WEIGHT_BY_ROWS": weight[0],
-        "EVEN_K": K % config.BLOCK_K == 0, "PRECISION": precision,
+        "EVEN_K": K % config.BLOCK_K == 0, "PRECISION": precision, "NORM_WIDTH": norm[0], "CENTRED": norm[1],
     }  # fmt: skip
     grid = (tiles(M, config.BLOCK_M) * tiles(N, config.BLOCK_N), config.SPLIT_K)
     if config.SPLIT_K == 1:
@@ -317,16 +347,20 @@ def linear_act(
     activation: str = "none",
     negative_slope: float = 0.01,
     keep_pre_activation: bool = False,
+    norm: Norm | None = None,
+    keep_statistics: bool = False,
     dtype: torch.dtype | None = None,
     config: Config | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """residual + layer_scale · act(x @ weightᵀ + bias) -> y [..., N]; (y, z) with ``keep_pre_activation``.
+    """residual + layer_scale · act(x @ weightᵀ + bias) -> y [..., N]; (y, z) with ``keep_pre_activation``,
+    (y, statistics) with ``keep_statistics``.
 
     x [..., K] and weight [N, K] share a dtype (fp32, fp16, bf16); residual, [..., N], may have another, and
     fewer rows than x, which then repeat (a position embedding). Any strides; what lies neither in rows nor in
     columns is copied first. bias and layer_scale are [N], of any floating dtype. y and z = x @ weightᵀ + bias
     are contiguous, z of x's dtype and y of ``dtype``, x's by default. All after the products is fp32, rounded
-    once. config: one of ``configs``, or None.
+    once. norm: x is normalised, and rounded as a norm rounds, while it is loaded.
+    statistics: of the rows of y, see ``row_statistics``. config: one of ``configs``, or None.
 
     Raises ``ValueError`` or ``TypeError`` for arguments that do not fit each other.
     """
@@ -335,20 +369,34 @@ def linear_act(
     M = x.numel() // K if K else math.prod(x.shape[:-1])
     shape = (*x.shape[:-1], N)
     _check(x, weight, bias, layer_scale, residual, activation, M)
+    if (norm is not None or keep_statistics) and (keep_pre_activation or not x.numel()):
+        raise ValueError("statistics of rows go with no pre-activation, and x must not be empty")
     x, x_layout = _operand(x, M, K)
+    if norm is not None and not x_layout[0]:
+        x, x_layout = x.contiguous(), (True, K)
     weight, weight_layout = _operand(weight, N, K)
     residual, residual_layout = _added(residual, N)
     y = torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
     z = torch.empty(shape, dtype=x.dtype, device=x.device) if keep_pre_activation else None
+    width, statistics = _NO_NORM, None
+    if norm is not None:
+        norm = check_norm(norm, x)
+        width = width_of_parts(K, norm.statistics.shape[1]), norm.centred
     if M and N:
         plan = _plan(
             M, N, K, x.element_size(), x_layout, weight_layout, residual_layout, activation,
-            product_precision(x), False, keep_pre_activation, current_device(x), config,
+            product_precision(x), False, keep_pre_activation, current_device(x), config, width,
+            keep_statistics,
         )  # fmt: skip
+        if keep_statistics:
+            parts = tiles(N, plan.parts)
+            statistics = torch.empty((M, parts, 2), dtype=torch.float32, device=x.device)
         _run(
-            plan, x, weight, y, bias, layer_scale, residual, z, None, None, M, N, K, x_layout[1],
-            weight_layout[1], *residual_layout, negative_slope,
+            plan, x, weight, y, bias, layer_scale, residual, z, None, None, norm, statistics, M, N, K,
+            x_layout[1], weight_layout[1], *residual_layout, negative_slope,
         )  # fmt: skip
+    if keep_statistics:
+        return y, statistics
     return (y, z) if keep_pre_activation else y
 
 
@@ -395,8 +443,8 @@ def matrix_product(
             rows = tiles(M, (plan.finishing or plan.config).BLOCK_M)
             sums = torch.empty((rows, N), dtype=torch.float32, device=x.device)
         _run(
-            plan, x, weight, y, None, None, None, None, pre_activation, sums, M, N, K, x_layout[1],
-            weight_layout[1], 0, 1, negative_slope,
+            plan, x, weight, y, None, None, None, None, pre_activation, sums, None, None, M, N, K,
+            x_layout[1], weight_layout[1], 0, 1, negative_slope,
         )  # fmt: skip
     elif column_sums:
         sums = torch.zeros((1, N), dtype=torch.float32, device=x.device)
@@ -431,12 +479,16 @@ def finish_linear(
     if M:
         plan = _finishing(M, N, product.element_size(), layout, activation, 1, config)
         _finish(
-            plan, product, y, bias, layer_scale, residual, None, None, None, M, N, *layout, negative_slope
-        )
+            plan, product, y, bias, layer_scale, residual, None, None, None, None, M, N, *layout,
+            negative_slope,
+        )  # fmt: skip
     return y
 
 
-def _run(plan, x, weight, y, bias, layer_scale, residual, z, u, sums, M, N, K, x_pitch, weight_pitch, *rest):
+def _run(
+    plan, x, weight, y, bias, layer_scale, residual, z, u, sums, norm, y_statistics, M, N, K, x_pitch,
+    weight_pitch, *rest,
+):  # fmt: skip
     flops = 2 * M * N * K
     if plan.kernel is linear_stream_kernel:
         launch(
@@ -445,28 +497,33 @@ def _run(plan, x, weight, y, bias, layer_scale, residual, z, u, sums, M, N, K, x
             reads=(x, weight, bias, layer_scale, residual), writes=(y, z), **plan.flags,
         )  # fmt: skip
         return
+    of_norm, eps = (None, None, None), 0.0
+    if norm is not None:
+        of_norm, eps = (norm.weight, norm.bias, norm.statistics), norm.eps
     if plan.finishing is None:
         launch(
-            linear_kernel, plan.grid, x, weight, y, bias, layer_scale, residual, z, u, sums, M, N, K,
-            x_pitch, weight_pitch, *rest, config=plan.config, flops=flops,
-            reads=(x, weight, bias, layer_scale, residual, u), writes=(y, z, sums), **plan.flags,
+            linear_kernel, plan.grid, x, weight, y, bias, layer_scale, residual, z, u, sums, *of_norm,
+            y_statistics, M, N, K, x_pitch, weight_pitch, *rest, eps, config=plan.config, flops=flops,
+            reads=(x, weight, bias, layer_scale, residual, u, *of_norm), writes=(y, z, sums, y_statistics),
+            **plan.flags,
         )  # fmt: skip
         return
     partial = torch.empty((plan.config.SPLIT_K, M, N), dtype=torch.float32, device=x.device)
     launch(
-        linear_kernel, plan.grid, x, weight, partial, None, None, None, None, None, None, M, N, K,
-        x_pitch, weight_pitch, *rest, config=plan.config, flops=flops, reads=(x, weight), writes=(partial,),
-        **plan.flags,
+        linear_kernel, plan.grid, x, weight, partial, None, None, None, None, None, None, *of_norm, None, M,
+        N, K, x_pitch, weight_pitch, *rest, eps, config=plan.config, flops=flops,
+        reads=(x, weight, *of_norm), writes=(partial,), **plan.flags,
     )  # fmt: skip
     finishing = (plan.finishing, plan.finishing_grid, plan.finishing_flags)
-    _finish(finishing, partial, y, bias, layer_scale, residual, z, u, sums, M, N, *rest)
+    _finish(finishing, partial, y, bias, layer_scale, residual, z, u, sums, y_statistics, M, N, *rest)
 
 
-def _finish(plan, partial, y, bias, layer_scale, residual, z, u, sums, *sizes) -> None:
+def _finish(plan, partial, y, bias, layer_scale, residual, z, u, sums, y_statistics, *sizes) -> None:
     config, grid, flags = plan
     launch(
-        linear_finish_kernel, grid, partial, y, bias, layer_scale, residual, z, u, sums, *sizes,
-        config=config, reads=(partial, bias, layer_scale, residual, u), writes=(y, z, sums), **flags,
+        linear_finish_kernel, grid, partial, y, bias, layer_scale, residual, z, u, sums, y_statistics, *sizes,
+        config=config, reads=(partial, bias, layer_scale, residual, u), writes=(y, z, sums, y_statistics),
+        **flags,
     )  # fmt: skip
 
 
@@ -527,7 +584,10 @@ def representative_calls() -> list[RepresentativeCall]:
     """Meta tensors that reach every branch of this file's kernels: see ``kernels``."""
     half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
 
-    def layer(name, M, K, N, dtype=half, kernel="tile", residual=0, scale=False, precision="ieee", **options):
+    def layer(
+        name, M, K, N, dtype=half, kernel="tile", residual=0, scale=False, precision="ieee", parts=0,
+        **options,
+    ):  # fmt: skip
         def thunk(config: Config | None = None):
             with fp32_products(precision):
                 check_pairing(config, dtype, kernel)
@@ -535,6 +595,10 @@ def representative_calls() -> list[RepresentativeCall]:
                     torch.empty(size, dtype=dtype, device="meta") for size in ((M, K), (N, K), (residual, N))
                 )
                 vectors = [torch.empty(N, dtype=dtype, device="meta") for _ in range(2)]
+                if parts:
+                    statistics = torch.empty((M, parts, 2), device="meta")
+                    affine = [torch.empty(K, dtype=dtype, device="meta") for _ in range(2)]
+                    options["norm"] = Norm(*affine, 1e-6, statistics=statistics)
                 return linear_act(
                     x, weight, vectors[0], vectors[1] if scale else None, added if residual else None,
                     config=config, **options,
@@ -577,6 +641,17 @@ def representative_calls() -> list[RepresentativeCall]:
         layer("odd K and N", 300, 147, 83, residual=300, activation="gelu_tanh"),
         layer("odd K and N, fp32", 300, 147, 83, full, activation="tanh"),
         layer("past 2^31 elements", 1 << 20, 768, 3072, activation="gelu"),
+        layer("normalised, GELU", 1576, 768, 3072, parts=6, activation="gelu"),
+        layer("normalised, bf16", 1576, 768, 2304, bfloat, parts=1),
+        layer("normalised, fp32", 1576, 768, 2304, full, parts=6),
+        layer("normalised, TF32", 1576, 768, 3072, full, parts=6, precision="tf32", activation="gelu"),
+        layer("normalised, odd K and N", 300, 147, 83, residual=300, parts=2, keep_statistics=True),
+        layer("normalised, past 2^31 elements", 1 << 20, 768, 3072, parts=6, activation="gelu"),
+        layer("statistics of y", 1576, 3072, 768, residual=1576, keep_statistics=True),
+        layer("statistics of y, bf16", 1576, 768, 768, bfloat, residual=1576, keep_statistics=True),
+        layer("statistics of y, fp32", 1576, 3072, 768, full, residual=1576, keep_statistics=True),
+        layer("statistics of y, TF32", 1576, 3072, 768, full, residual=1576, precision="tf32",
+              keep_statistics=True),
         layer("classifier of 8", 8, 9216, 4096, activation="relu"),
         layer("classifier of 32, TF32", 32, 9216, 4096, full, precision="tf32", activation="relu"),
         layer("one row", 1, 9216, 4096, kernel="stream", activation="relu"),
