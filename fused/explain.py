@@ -193,6 +193,11 @@ def explain(model: nn.Module, example_inputs: object = None) -> Report:
     return report
 
 
+def _backend_of(module: nn.Module) -> str:
+    recipe = getattr(getattr(type(module), "_fastnets", None), "recipe", None)
+    return recipe.backend if recipe is not None else getattr(module, "backend", "auto")
+
+
 def _share(rows: list[Row], what: str) -> float:
     total = sum(getattr(row, what) or 0 for row in rows)
     return sum(getattr(row, what) or 0 for row in rows if row.fused) / total if total else 0.0
@@ -290,7 +295,7 @@ class _Rows:
         if fusion.family != "norm":
             return True
         norm, reader = layers["norm"], module.get_submodule(fusion.joins)
-        x, backend = self.shapes.example_for(path, norm), module._fastnets.recipe.backend
+        x, backend = self.shapes.example_for(path, norm), _backend_of(module)
         with torch.no_grad(), dispatch.assume_device_type(_device_of([module])):
             return takes_norm(norm, reader, None, fusion.activation, x, backend)
 
@@ -326,8 +331,7 @@ class _Rows:
     def _implementation(
         self, path: str, fusion: Fusion, module: nn.Module, layers: dict[str, nn.Module]
     ) -> str:
-        recipe = getattr(getattr(type(module), "_fastnets", None), "recipe", None)
-        backend = recipe.backend if recipe is not None else getattr(module, "backend", "auto")
+        backend = _backend_of(module)
         evaluating = [m for m in layers.values() if m.training]
         for m in evaluating:
             m.__dict__["training"] = False

@@ -93,9 +93,11 @@ def fusions_of(module: nn.Module) -> tuple[Fusion, ...]:
     name = "none" if known is None else known[0]
     act = (("act", "activation"),) if is_module and known is not None else ()
     first = Fusion("linear", f"linear+{name}" if known else "linear", (("linear", "linear1"), *act), name)
-    norms = [f"norm{i}" for i in (1, 2, 3) if hasattr(module, f"norm{i}")]
-    return first, Fusion("linear", "linear+add", (("linear", "linear2"),)), *map(_norm, norms)
+    norms = [_norm(f"norm{i}") for i in (1, 2, 3) if hasattr(module, f"norm{i}")]
+    if module.norm_first and isinstance(module, nn.TransformerEncoderLayer):
+        norms = [_norm("norm1", "self_attn"), _norm("norm2", "linear1", name if known else "none")]
+    return first, Fusion("linear", "linear+add", (("linear", "linear2"),)), *norms
 
 
-def _norm(path: str) -> Fusion:
-    return Fusion("norm", "layer_norm", (("norm", path),))
+def _norm(path: str, joins: str = "", activation: str = "none") -> Fusion:
+    return Fusion("norm", "layer_norm", (("norm", path),), activation, joins)

@@ -534,9 +534,19 @@ def call_linear(
 ) -> Tensor:
     """``residual + layer_scale * F.linear(x, weight, bias)`` where a network calls the function: by the fused
     op where that is stock's result, as stock computes it elsewhere. Parts of a weight are not packed."""
+    if function_runs_stock(x, weight, bias, residual, layer_scale, backend):
+        y = F.linear(x, weight, bias)
+        y = y if layer_scale is None else y * layer_scale
+        return y if residual is None else y + residual  # y is contiguous, and so is the sum
+    op = _differentiable if torch.is_grad_enabled() else _infer
+    return op(x, weight, bias, layer_scale, residual, "none", 0.0, backend)
+
+
+def function_runs_stock(x, weight, bias, residual, layer_scale, backend) -> bool:
+    """Whether ``call_linear`` leaves such a call to PyTorch."""
     tensors = [t for t in (x, weight, bias, residual, layer_scale) if t is not None]
     plain = all(t.__class__ in _PLAIN_WEIGHTS and not t.is_nested for t in tensors) and not in_transform()
-    if (
+    return (
         not plain
         or x.dim() == 0
         or x.shape[-1] != weight.shape[-1]
@@ -546,12 +556,7 @@ def call_linear(
         or (layer_scale is not None and layer_scale.shape != weight.shape[:1])
         or _stock_is_sooner(x, weight, backend)
         or (weight._is_view() and dispatch.leaves_to_stock(x, backend))
-    ):
-        y = F.linear(x, weight, bias)
-        y = y if layer_scale is None else y * layer_scale
-        return y if residual is None else y + residual  # y is contiguous, and so is the sum
-    op = _differentiable if torch.is_grad_enabled() else _infer
-    return op(x, weight, bias, layer_scale, residual, "none", 0.0, backend)
+    )
 
 
 def _scales_plainly(module: nn.Module) -> bool:

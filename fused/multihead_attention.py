@@ -15,12 +15,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
 from fastnets.fused.attention import attention
-from fastnets.fused.batch_norm import in_transform
-from fastnets.fused.handing_down import finish
+from fastnets.fused.batch_norm import has_hooks, in_transform
+from fastnets.fused.handing_down import call_then_add, ends_in_linear, finish
+from fastnets.fused.layer_norm import call_layer_norm
 from fastnets.fused.linear import call_linear
+from fastnets.fused.norm_linear import asks_for_statistics, call_norm_linear_function
 
 
 def attend(
@@ -38,8 +41,8 @@ def attend(
     """``nn.MultiheadAttention.forward`` of ``mha``: its arguments, its (output, weights)."""
     return _attend(
         mha, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal,
-        backend, None, None,
-    )  # fmt: skip
+        backend,
+    )[:2]  # fmt: skip
 
 
 def attend_then_add(
@@ -63,15 +66,53 @@ def attend_then_add(
     )[0]  # fmt: skip
 
 
+def call_norm_then_add(
+    norm: nn.Module | None,
+    mha: nn.MultiheadAttention,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    x: Tensor,
+    backend: str,
+    statistics: Tensor | None = None,
+    reader: tuple | None = None,
+    *,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(``call_then_add`` of ``mha`` with ``norm(x)`` as query, key and value; statistics of the result's rows
+    or None): the norm at the head of the projection where ``norm_linear`` serves that.
+
+    reader: the norm, linear layer, activation module and activation that read the result, if any.
+    """
+    if not ends_in_linear(mha) or has_hooks(mha) or _has_any_global_hook():
+        x = x if norm is None else call_layer_norm(norm, x, None, backend)
+        options = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
+        options |= {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
+        return call_then_add(mha, residual, scale, x, x, x, **options), None
+    y, _, found = _attend(
+        mha, x, x, x, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, backend,
+        residual, scale, norm, statistics, reader,
+    )  # fmt: skip
+    return y, found
+
+
 def _attend(
     mha, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal,
-    backend, residual, scale,
+    backend, residual=None, scale=None, norm=None, statistics=None, reader=None,
 ):  # fmt: skip
-    if _stock_serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal):
+    """(output, weights, statistics of the output's rows): the latter two or None."""
+    served = not _stock_serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal)
+    if norm is not None and not (served and mha._qkv_same_embed_dim):
+        query = key = value = call_layer_norm(norm, query, None, backend)
+        norm = None
+    if not served:
         y, weights = nn.MultiheadAttention.forward(
             mha, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
-        return finish(y, residual, scale), weights
+        return finish(y, residual, scale), weights, None
     batched = query.dim() == 3
     batch_first = mha.batch_first or not batched
     if not batched:
@@ -80,7 +121,11 @@ def _attend(
         key = query if same_key else key.unsqueeze(0)
         value = key if same_value else value.unsqueeze(0)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    q, k, v = _project(mha, query, key, value, backend)
+    if norm is None:
+        q, k, v = _project(mha, query, key, value, backend)
+    else:
+        packed = (norm, query, mha.in_proj_weight, mha.in_proj_bias)
+        q, k, v = call_norm_linear_function(*packed, backend=backend, statistics=statistics)[0].chunk(3, -1)
     length = 1 if batch_first else 0  # its dimension
     if mha.bias_k is not None:
         k, v = (_append(t, b, length) for t, b in ((k, mha.bias_k), (v, mha.bias_v)))
@@ -107,11 +152,14 @@ def _attend(
         residual = residual.transpose(0, 1)
     y = y.transpose(1, 2) if batch_first and not swaps else y.permute(2, 0, 1, 3)
     y = y.reshape(*y.shape[:2], mha.embed_dim)
-    y = call_linear(y, out.weight, out.bias, residual, scale, backend)
+    keep = reader is not None and not swaps and asks_for_statistics(reader, y, residual, backend)
+    y, found = call_norm_linear_function(
+        None, y, out.weight, out.bias, residual, scale, backend, keep=keep
+    )  # fmt: skip
     y = y.transpose(0, 1) if swaps else y
     if not batched:
-        return y.squeeze(0), None if weights is None else weights.squeeze(0)
-    return y, weights
+        return y.squeeze(0), None if weights is None else weights.squeeze(0), found
+    return y, weights, found
 
 
 def _stock_serves(mha, query, key, value, key_padding_mask, attn_mask, is_causal) -> bool:

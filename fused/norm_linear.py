@@ -26,8 +26,10 @@ from fastnets.fused.batch_norm import has_hooks, in_transform, is_inference, wat
 from fastnets.fused.layer_norm import LAYER_NORMS, call_layer_norm, rms_eps
 from fastnets.fused.linear import (
     LINEARS,
+    call_linear,
     call_linear_act,
     choose,
+    function_runs_stock,
     linear_flops,
     result_dtype,
     runs_stock,
@@ -265,17 +267,14 @@ def call_norm_linear(
     norm: None is none. statistics: of x's rows, where there are some. keep: return (y, statistics of y's
     rows), None for the latter where our kernels do not serve.
     """
+    if norm is None and not keep:
+        return call_linear_act(linear, act, x, residual, activation, negative_slope, layer_scale, backend)
     parameters = linear._parameters
     weight = parameters.get("weight")
     inference = is_inference() and x.__class__ is Tensor
     plain = inference and not (has_hooks(linear) or (act is not None and has_hooks(act)))
     if plain and (norm is None or _is_plain(norm, x)):
-        vectors, options = (None, None), ("none", 0.0)
-        if norm is not None:
-            vectors = norm._parameters.get("weight"), norm._parameters.get("bias")
-            centred = norm.__class__ is nn.LayerNorm
-            eps = norm.eps if centred else rms_eps(norm.eps, x)
-            options = ("layer_norm" if centred else "rms_norm", eps)
+        vectors, options = _of_norm(norm, x)
         tensors = (x, weight, parameters.get("bias"), layer_scale, residual, *vectors, statistics)
         options = (*options, activation, negative_slope, backend)
         key = (id(weight), x.shape, keep)
@@ -286,7 +285,8 @@ def call_norm_linear(
             and remembered.serves(tensors, options)
         ):  # fmt: skip
             return remembered.call(tensors)
-        if _serves(linear, act, x, residual, layer_scale, activation, options[0], backend, statistics):
+        known = statistics is not None
+        if _serves(linear, act, x, residual, layer_scale, activation, options[0], backend, known):
             body, op = (_statistics_body, _statistics_infer) if keep else (_body, _infer)
             if watched(x):
                 return op(*tensors, *options)
@@ -301,6 +301,16 @@ def call_norm_linear(
     return (y, None) if keep else y
 
 
+def _of_norm(norm: nn.Module | None, x: Tensor) -> tuple[tuple, tuple]:
+    """((weight, bias), (kind, eps)) of a norm of x's rows; None is none."""
+    if norm is None:
+        return (None, None), ("none", 0.0)
+    vectors = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if norm.__class__ is nn.LayerNorm:
+        return vectors, ("layer_norm", norm.eps)
+    return vectors, ("rms_norm", rms_eps(norm.eps, x))
+
+
 def _is_plain(norm: nn.Module, x: Tensor) -> bool:
     """Whether the norm is stock, over the last dimension, and nothing wants to see its call."""
     return (
@@ -312,18 +322,19 @@ def _is_plain(norm: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _serves(linear, act, x, residual, layer_scale, activation, norm, backend, statistics) -> bool:
-    if x.dtype not in dispatch.OUR_DTYPES or in_transform() or _has_any_global_hook():
-        return False
-    device = dispatch.device_type_of(x)
-    if dispatch.leaves_to_stock(x, backend) or torch.is_autocast_enabled(device):
-        return False
-    if runs_stock(linear, act, x, residual, layer_scale, backend):
+def _serves(linear, act, x, residual, layer_scale, activation, norm, backend, known: bool) -> bool:
+    if not _may_serve(x, backend) or runs_stock(linear, act, x, residual, layer_scale, backend):
         return False
     extra = residual is not None or layer_scale is not None
-    known = statistics is not None
     weight = linear._parameters["weight"]
     return implementation_of(x, weight, extra, activation, norm, backend, known) == "triton"
+
+
+def _may_serve(x: Tensor, backend: str) -> bool:
+    if x.dtype not in dispatch.OUR_DTYPES or in_transform() or _has_any_global_hook():
+        return False
+    autocasts = torch.is_autocast_enabled(dispatch.device_type_of(x))
+    return not autocasts and not dispatch.leaves_to_stock(x, backend)
 
 
 def takes_norm(
@@ -331,8 +342,56 @@ def takes_norm(
     known: bool = False,
 ) -> bool:  # fmt: skip
     """Whether ``call_norm_linear`` would run in one launch for an input like ``x``; known: with statistics
-    of its rows."""
+    of its rows. linear: a linear layer, or multi-head attention, whose projection is meant."""
     if torch.is_grad_enabled() or not _is_plain(norm, x) or has_hooks(linear):
         return False
-    kind = "layer_norm" if norm.__class__ is nn.LayerNorm else "rms_norm"
-    return _serves(linear, act, x, None, None, activation, kind, backend, True if known else None)
+    kind = _of_norm(norm, x)[1][0]
+    if isinstance(linear, nn.MultiheadAttention):
+        weight, bias = linear.in_proj_weight, linear.in_proj_bias
+        if weight is None or not _may_serve(x, backend):
+            return False
+        if function_runs_stock(x, weight, bias, None, None, backend):
+            return False
+        return implementation_of(x, weight, False, "none", kind, backend, known) == "triton"
+    return _serves(linear, act, x, None, None, activation, kind, backend, known)
+
+
+def asks_for_statistics(reader: tuple, x: Tensor, residual: Tensor | None, backend: str) -> bool:
+    """Whether a reader (norm, linear layer, activation module, activation) would take the norm of a result of
+    the residual's kind, made of x."""
+    plain = residual is not None and x.__class__ is Tensor and residual.__class__ is Tensor
+    return plain and x.dtype == residual.dtype and takes_norm(*reader, residual, backend, known=True)
+
+
+def call_norm_linear_function(
+    norm: nn.Module | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    backend: str = "auto",
+    *,
+    statistics: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(``residual + layer_scale * F.linear(norm(x), weight, bias)``, statistics of its rows or None): as
+    ``call_norm_linear``, else by ``call_layer_norm`` and ``call_linear``."""
+    known, extra = statistics is not None, residual is not None or layer_scale is not None
+    if (
+        (norm is not None or keep)
+        and is_inference()
+        and x.__class__ is Tensor
+        and (norm is None or _is_plain(norm, x))
+        and _may_serve(x, backend)
+        and not function_runs_stock(x, weight, bias, residual, layer_scale, backend)
+    ):
+        vectors, options = _of_norm(norm, x)
+        if implementation_of(x, weight, extra, "none", options[0], backend, known) == "triton":
+            tensors = (x, weight, bias, layer_scale, residual, *vectors, statistics)
+            body, op = (_statistics_body, _statistics_infer) if keep else (_body, _infer)
+            y = (op if watched(x) else body)(*tensors, *options, "none", 0.0, backend)
+            return y if keep else (y, None)
+    if norm is not None:
+        x = call_layer_norm(norm, x, None, "auto" if backend == dispatch.UNFOLDED else backend)
+    return call_linear(x, weight, bias, residual, layer_scale, backend), None

@@ -23,7 +23,8 @@ from fastnets.fused.capture import never_drops
 from fastnets.fused.handing_down import call_then_add
 from fastnets.fused.layer_norm import call_layer_norm
 from fastnets.fused.linear import call_linear_act
-from fastnets.fused.multihead_attention import MultiheadAttention, share_state
+from fastnets.fused.multihead_attention import MultiheadAttention, call_norm_then_add, share_state
+from fastnets.fused.norm_linear import call_norm_linear
 
 # --- parts of a layer ---------------------------------------------------------------------------------------
 
@@ -39,17 +40,25 @@ def _add_attention(mha, dropout, residual: Tensor, *inputs: Tensor, **options) -
     return residual + dropout(mha(*inputs, need_weights=False, **options)[0])
 
 
-def _add_feed_forward(layer, dropout, residual: Tensor, x: Tensor, backend: str) -> Tensor:
-    """``residual + dropout(linear2(layer.dropout(act(linear1(x)))))``."""
-    activation, act = layer.activation, None
+def _activation_of(layer) -> tuple[nn.Module | None, tuple[str, float] | None]:
+    """(its module, (name, slope) where it is one that fuses)."""
+    activation = layer.activation
     if isinstance(activation, nn.Module):
-        known, act = recognise(activation), activation
+        return activation, recognise(activation)
+    known = recognise_call(activation, (), {})
+    return None, None if known is None or known[0] == "none" else known
+
+
+def _add_feed_forward(
+    layer, dropout, residual: Tensor, x: Tensor, backend: str, norm=None, statistics: Tensor | None = None
+) -> Tensor:
+    """``residual + dropout(linear2(layer.dropout(act(linear1(norm(x))))))``."""
+    act, known = _activation_of(layer)
+    options = {"backend": backend, "statistics": statistics}
+    if known is None:
+        h = layer.activation(call_norm_linear(norm, layer.linear1, None, x, **options))
     else:
-        known = recognise_call(activation, (), {})
-    if known is None or (act is None and known[0] == "none"):
-        h = activation(call_linear_act(layer.linear1, None, x, backend=backend))
-    else:
-        h = call_linear_act(layer.linear1, act, x, None, *known, backend=backend)
+        h = call_norm_linear(norm, layer.linear1, act, x, None, *known, **options)
     h = h if _passes(layer.dropout) else layer.dropout(h)
     if _passes(dropout):
         return call_linear_act(layer.linear2, None, h, residual, backend=backend)
@@ -85,9 +94,17 @@ def run_encoder_layer(
 
     x = src
     if layer.norm_first:
-        x = attend(x, call_layer_norm(layer.norm1, x, backend=backend))
-        y = call_layer_norm(layer.norm2, x, backend=backend)
-        return _add_feed_forward(layer, layer.dropout2, x, y, backend)
+        statistics = None
+        if _passes(layer.dropout1):
+            act, known = _activation_of(layer)
+            reader = (layer.norm2, layer.linear1, act if known else None, known[0] if known else "none")
+            x, statistics = call_norm_then_add(
+                layer.norm1, layer.self_attn, x, None, x, backend, None, reader, need_weights=False,
+                attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal,
+            )  # fmt: skip
+        else:
+            x = attend(x, call_layer_norm(layer.norm1, x, backend=backend))
+        return _add_feed_forward(layer, layer.dropout2, x, x, backend, layer.norm2, statistics)
     x = call_layer_norm(layer.norm1, attend(x, x), backend=backend)
     x = _add_feed_forward(layer, layer.dropout2, x, x, backend)
     return call_layer_norm(layer.norm2, x, backend=backend)

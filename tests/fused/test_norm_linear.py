@@ -126,6 +126,30 @@ def network(**options):
     return net.eval()
 
 
+class AttentionBlock(nn.Module):
+    """torchvision's block: attention of a norm's result, and a perceptron of another's, both added."""
+
+    def __init__(self, width=48, **options):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 3, batch_first=True, **options)
+        self.mlp = nn.Sequential(nn.Linear(width, 72), nn.GELU(), nn.Linear(72, width))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        y, _ = self.attention(y, y, y, need_weights=False)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+ATTENDING = {
+    "block": AttentionBlock,
+    "block, bias_k": lambda: AttentionBlock(add_bias_kv=True),
+    "prenorm layer": lambda: nn.TransformerEncoderLayer(48, 3, 72, batch_first=True, norm_first=True),
+    "sequence first": lambda: nn.TransformerEncoderLayer(48, 3, 72, activation="gelu", norm_first=True),
+}
+
+
 def launched(run):
     launches = []
     with observe_launches(launches.append):
@@ -149,6 +173,32 @@ def test_block_is_as_accurate_as_stock(lane, norm, scale, dtype):
     assert "layer_norm_kernel" not in names
     assert names.count("row_statistics_kernel") == 2  # the second norm's come from the layer before it
     assert list(fast.state_dict()) == list(net.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ATTENDING)
+def test_attention_is_as_accurate_as_stock(lane, name, dtype):
+    net = settled(nn.Sequential(ATTENDING[name]())).eval().to(dtype)
+    fast = fastnets.optimize(net, backend="triton")
+    x = (torch.randn(3, 11, 48) * 2 + 3).to(dtype)
+    with torch.no_grad():
+        exact, expected = copy.deepcopy(net).double()(x.double()), net(x)
+        fast = fast.to(lane.put(x).device)
+        with lane:
+            names = launched(lambda: fast(lane.put(x)))
+            y = fast(lane.put(x))
+    assert_close_to(exact, expected, y.cpu())
+    assert "layer_norm_kernel" not in names
+    assert names.count("row_statistics_kernel") == 1  # the second norm's come from the output projection
+    assert list(fast.state_dict()) == list(net.state_dict())
+
+
+def test_hooks_on_attention_are_called():
+    net = settled(AttentionBlock()).eval()
+    fast, seen = fastnets.optimize(net), []
+    fast.attention.register_forward_hook(lambda *_: seen.append(1))
+    assert_same_answers(net, fast, torch.randn(2, 9, 48))
+    assert seen
 
 
 def test_rows_with_a_large_mean(lane):
@@ -243,6 +293,9 @@ def test_explain_names_the_layer_that_normalises():
     rows = {row.path: row.implementation for row in fastnets.explain(fast, torch.randn(2, 64, 48)).rows}
     joined = [rows["0.norm1"], rows["1.norm2"]]
     assert joined == ["triton, with 0.inner", "triton, with 1.fc1"]
+    layer = fastnets.optimize(settled(ATTENDING["prenorm layer"]()).eval(), backend="triton")
+    rows = {row.path: row.implementation for row in fastnets.explain(layer, torch.randn(2, 64, 48)).rows}
+    assert [rows["norm1"], rows["norm2"]] == ["triton, with self_attn", "triton, with linear1"]
     stock_rows = fastnets.explain(fastnets.optimize(network()), torch.randn(2, 64, 48)).rows
     assert {row.path: row.implementation for row in stock_rows}["0.norm1"] == "stock"
 
