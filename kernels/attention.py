@@ -116,8 +116,8 @@ def attention_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, VEC: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_D_V: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, LANES: tl.constexpr, KEEP_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. Grid: (tiles · heads · batch)."""
     queries = M  # of all packed sequences together
@@ -150,6 +150,11 @@ def attention_kernel(
     i = tl.arange(0, BLOCK_M)
     inside = start_m + i < M
     query = load_rows(q, tl.minimum(i, M - 1 - start_m), q_m, q_d, D, BLOCK_D, VEC)
+    if KEEP_Q:
+        # What is added to a product's sums lies in registers as they do, and q then stays there; Triton reads
+        # it from shared memory in each step otherwise. This product is zero.
+        zero = tl.dot(tl.zeros([BLOCK_M, 16], query.dtype), tl.zeros([16, 16], query.dtype))
+        query += tl.max(zero, 1)[:, None].to(query.dtype)
     acc = tl.zeros([BLOCK_M, BLOCK_D_V], tl.float32)
     total = tl.zeros([BLOCK_M, LANES], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32) + LOWEST
@@ -252,7 +257,7 @@ def _launch_of(problem: Problem, config: Config | None):
             count = problem.M // chosen.BLOCK_M + problem.sequences
         else:
             count = tiles(problem.M, chosen.BLOCK_M) * problem.B
-        flags = problem.flags | {"LANES": _lanes(problem, chosen)}
+        flags = problem.flags | {"LANES": _lanes(problem, chosen), "KEEP_Q": _keep_q(problem, chosen)}
         known = problem.launches[("forward", config)] = ((count * problem.H,), chosen, flags)
     return known
 
@@ -261,10 +266,22 @@ def _lanes(problem: Problem, config: Config) -> int:
     """In how many parts sums are kept: one for each column of a fragment where a warp has whole rows and
     registers to spare, else one."""
     if problem.dtype == torch.float32 or problem.block_d > 64:
-        return 1
+        return 8 if _keep_q(problem, config) else 1
     capability = problem.device.capability
     whole_rows = capability == 90 or (capability < 90 and config.BLOCK_M <= 16 * config.num_warps)
     return 8 if whole_rows else 1
+
+
+def _keep_q(problem: Problem, config: Config) -> bool:
+    """Whether q stays in registers: at head dim 128 with 16 rows a warp, where to read it again in each step
+    keeps shared memory busy longer than the tensor pipe, and where registers suffice."""
+    flags = problem.flags
+    return (
+        problem.dtype != torch.float32
+        and problem.device.capability < 90
+        and (flags["PLAIN"], flags["VEC"], problem.dropout_p) == (True, 8, 0.0)
+        and flags["BLOCK_D"] == flags["BLOCK_D_V"] == config.BLOCK_M == 16 * config.num_warps == 128
+    )
 
 
 def _run(call: AttentionCall, config: Config | None = None):

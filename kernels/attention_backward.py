@@ -143,9 +143,13 @@ def _over_keys(
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, VEC: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_D_V: tl.constexpr, BLOCK_M: tl.constexpr, STEP_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FROM_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries after the keys from low to high; tiles are [queries, keys]."""
+    """dq of a tile of queries after the keys from low to high; tiles are [queries, keys].
+
+    FROM_DELTA: products of dout and v begin at -delta, which saves a subtraction for each score where sums
+    are registers that a product may begin with.
+    """
     i = tl.arange(0, BLOCK_M)
     j = tl.arange(0, STEP_N)
     m = start_m + i
@@ -173,10 +177,14 @@ def _over_keys(
             right, scale, softcap, bias_tile, bias_m, bias_n, mask_tile, mask_m, mask_n, slope,
             MASKED, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP,
         )  # fmt: skip
-        dweight = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
-        if seed is not None:
-            dweight *= keep_factor(seed, stream, start_m, start_n, p, BLOCK_M, STEP_N) * kept
-        ds = weight * (dweight - change[:, None])
+        if FROM_DELTA and seed is None:
+            less = tl.zeros([BLOCK_M, STEP_N], tl.float32) - change[:, None]
+            ds = weight * tl.dot(dout, tl.trans(value), less, input_precision=PRECISION)
+        else:
+            dweight = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
+            if seed is not None:
+                dweight *= keep_factor(seed, stream, start_m, start_n, p, BLOCK_M, STEP_N) * kept
+            ds = weight * (dweight - change[:, None])
         if SOFTCAP:
             ds *= 1.0 - capped * capped
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
@@ -204,7 +212,7 @@ def attention_backward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_D_V: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PLAIN: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STEP_M: tl.constexpr, STEP_N: tl.constexpr,
+    STEP_M: tl.constexpr, STEP_N: tl.constexpr, FROM_DELTA: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch · key heads · (tiles of keys + GROUP · tiles of queries))."""
     BLIND: tl.constexpr = not PLAIN or HAS_LEFT or BOTTOM_RIGHT
@@ -348,21 +356,21 @@ def attention_backward_kernel(
                     start_m, M, N, shift, left, right, scale, softcap, p, kept, stream,
                     k_n, k_d, v_n, v_d, bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed,
                     True, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP, D, D_V, VEC, BLOCK_D, BLOCK_D_V, BLOCK_M,
-                    STEP_N, PRECISION,
+                    STEP_N, PRECISION, FROM_DELTA,
                 )  # fmt: skip
             total = _over_keys(
                 a, b, k, v, query, dout, of_row, change, total,
                 start_m, M, N, shift, left, right, scale, softcap, p, kept, stream,
                 k_n, k_d, v_n, v_d, bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed,
                 False, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP, D, D_V, VEC, BLOCK_D, BLOCK_D_V, BLOCK_M, STEP_N,
-                PRECISION,
+                PRECISION, FROM_DELTA,
             )  # fmt: skip
             total = _over_keys(
                 b, high, k, v, query, dout, of_row, change, total,
                 start_m, M, N, shift, left, right, scale, softcap, p, kept, stream,
                 k_n, k_d, v_n, v_d, bias, bias_m, bias_n, mask, mask_m, mask_n, slope, seed,
                 True, HAS_LEFT, HAS_RIGHT, PLAIN, SOFTCAP, D, D_V, VEC, BLOCK_D, BLOCK_D_V, BLOCK_M, STEP_N,
-                PRECISION,
+                PRECISION, FROM_DELTA,
             )  # fmt: skip
             to = ((in_batch * queries + at_m) * heads + wide) * D
             _store_rows(dq + to, heads * D, total * gradient_scale, M - start_m, D, BLOCK_D, BLOCK_M)
@@ -455,6 +463,10 @@ def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | 
         )
     else:
         count_m, count_n = tiles(M, config.BLOCK_M), tiles(N, config.BLOCK_N)
+    # wgmma and tcgen05 have sums that would be written first; at head dim 256 it saves nothing.
+    in_registers = problem.device.capability // 10 in (8, 12)
+    from_delta = in_registers and problem.dtype != torch.float32 and problem.block_d <= 128
+    flags = flags | {"FROM_DELTA": from_delta}
     return _Plan(
         (tiles(M, DELTA.BLOCK) * H * B,), tuple(steps),
         {"D_V": problem.D_V, "VEC": vec, "BLOCK_D_V": flags["BLOCK_D_V"]},

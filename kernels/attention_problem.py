@@ -53,8 +53,8 @@ class Problem:
     """
 
     __slots__ = (
-        "B", "D", "D_V", "H", "HK", "M", "N", "block_d", "device", "dtype", "flags", "flops", "launches",
-        "numbers", "sequences", "shapes", "strides",
+        "B", "D", "D_V", "H", "HK", "M", "N", "block_d", "device", "dropout_p", "dtype", "flags", "flops",
+        "launches", "numbers", "sequences", "shapes", "strides",
     )  # fmt: skip
 
     def __init__(self, q, k, v, bias, mask, slopes, seed, cu, options: Options, device: Device):
@@ -75,7 +75,7 @@ class Problem:
             numbers += [options.scale / options.softcap, options.softcap * LOG2E]
         else:
             numbers += [options.scale * LOG2E, 0.0]
-        p = options.dropout_p
+        self.dropout_p = p = options.dropout_p
         numbers += [p, 1.0 / (1.0 - p) if p < 1.0 else 0.0]
         for strides in self.strides:
             numbers += in_vectors(strides, vec)

@@ -100,6 +100,13 @@ def test_a_vision_transformer(lane, dtype):
     check(lane, Case(D=64, M=length, N=length, H=1, dtype=dtype))
 
 
+@pytest.mark.lanes("interpreter", "sm_80", "gpu")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_queries_kept_in_registers(lane, dtype):
+    check(lane, Case(D=128, M=70, N=97, H=1, right=0, dtype=dtype))
+    check(lane, Case(D=72, M=130, N=70, H=1, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_large_logits(lane, dtype):
     # Scores of ten thousand and more: weights are nearly one-hot, and no exponential may overflow.

@@ -49,6 +49,22 @@ def test_nothing_spills(capability, kind, D, dtype, N):
     check(capability, kind, D, dtype, N)
 
 
+@pytest.mark.parametrize("capability", [80, 89])
+@pytest.mark.parametrize("kind", ["causal", "window", "grouped", "packed"])
+def test_queries_kept_in_registers_do_not_spill(kind, capability):
+    call = {
+        "causal": {"B": 2, "right": 0},
+        "window": {"B": 2, "left": 511, "right": 0},
+        "grouped": {"B": 1, "H": 32, "group": 4, "right": 0},
+        "packed": {"B": 1, "sequences": 24, "left": 511, "right": 0},
+    }
+    facts = compiled(attention, capability, dtype=torch.bfloat16, D=128, N=4096, **call[kind])
+    assert facts.code.spills == 0
+    # Half of the products of a step read keys and half values; nothing else is read as fragments.
+    step = min((loop for loop in facts.code.loops if loop.matrix), key=lambda loop: loop.instructions)
+    assert step.mix["LDSM"] * 2 == step.matrix
+
+
 # Instructions of one unmasked step in fp16, of Triton's own tutorial kernel 06-fused-attention (at 003da47,
 # compiled by Triton 3.8 at the same tile): see docs/attention.md.
 TUTORIAL_FORWARD = {
@@ -94,20 +110,19 @@ def test_a_step_forward_takes_no_more_instructions_than_the_tutorial_s(case, mon
 
 @COUNTED
 @pytest.mark.parametrize("case", TUTORIAL_BACKWARD)
-def test_a_step_backward_is_the_tutorial_s_but_for_one_instruction(case, monkeypatch):
+def test_a_step_backward_takes_no_more_instructions_than_the_tutorial_s(case, monkeypatch):
     capability, D, (n, step, warps, stages) = case
     monkeypatch.setattr(attention_backward, "check_config", lambda *arguments: None)
     call = {"dtype": torch.float16, "D": D, "N": 4096, "B": 2, "H": 16, "right": 0}
     config = _backward(n, step, n, step, warps, stages)
     ours = steps(compiled(attention_backward, capability, config, **call))
     for one, theirs in zip(ours, TUTORIAL_BACKWARD[case], strict=True):
-        assert one <= theirs + 1, f"{one} instructions"
+        assert one <= theirs, f"{one} instructions"
 
 
-# Head dim 128 on sm_80 is left out: 16 rows a warp keep shared memory busy longer, and 32 rows spill.
 @COUNTED
 @pytest.mark.parametrize("N", [197, 4096])
-@pytest.mark.parametrize(("capability", "D"), [(80, 64), (90, 64), (90, 128)])
+@pytest.mark.parametrize(("capability", "D"), [(80, 64), (80, 128), (90, 64), (90, 128)])
 def test_the_tensor_pipe_or_the_exponential_unit_bounds_a_step_forward(capability, D, N):
     facts = compiled(attention, capability, dtype=torch.float16, D=D, N=N, B=2, H=16)
     step = min((loop for loop in facts.code.loops if loop.matrix), key=lambda loop: loop.instructions)
