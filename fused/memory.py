@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastnets.fused.batch_norm import has_hooks, is_unobserved_inference
 
 _MAPPED = 32 << 20  # glibc maps larger blocks afresh: DEFAULT_MMAP_THRESHOLD_MAX
-_BYTES = 20 << 20  # of the largest feature map of a part
+_BYTES = 26 << 20  # of the largest feature map of a part: fewer and larger parts keep the cores busy
 _SAMPLEWISE = frozenset(
     [
         *("mkldnn::_convolution_pointwise", "aten::convolution", "aten::mkldnn_convolution", "aten::conv2d"),
