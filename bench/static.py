@@ -76,7 +76,16 @@ class Facts:
 
     @property
     def good(self) -> bool:
-        return self.error is None and self.fits and self.code.spills == 0
+        return self.complaint is None
+
+    @property
+    def complaint(self) -> str | None:
+        """What is wrong with it, in words."""
+        if self.error is not None:
+            return self.error
+        if not self.fits:
+            return f"{self.shared_bytes} bytes of shared memory, of {self.shared_limit}"
+        return f"{self.code.spills} spills" if self.code.spills else None
 
 
 def kernel_modules() -> list[str]:
@@ -198,20 +207,16 @@ def sample(everything: list[Case], count: int, seed: int) -> list[Case]:
     return [case for _, case in keyed[:count]]
 
 
-def _inspect_all(chosen: list[Case], jobs: int, progress) -> list[Facts]:
-    results: list[Facts] = []
+def _inspect_all(chosen: list[Case], jobs: int) -> Iterator[list[Facts]]:
+    """The facts of each case, in the order they are known."""
     if jobs == 1:
-        for case in chosen:
-            results += inspect_case(case)
-            progress()
-        return results
+        yield from map(inspect_case, chosen)
+        return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         waiting = [pool.submit(inspect_case, case) for case in chosen]
         for done in concurrent.futures.as_completed(waiting):
-            results += done.result()
-            progress()
-    return results
+            yield done.result()
 
 
 def _table(results: list[Facts]):
@@ -283,9 +288,15 @@ def main(argv: list[str] | None = None) -> int:
     chosen = everything if options.full else sample(everything, options.sample, options.seed)
     console = Console(width=None if sys.stdout.isatty() else 200)
     start = time.perf_counter()
+    results: list[Facts] = []
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("compiling", total=len(chosen))
-        results = _inspect_all(chosen, options.jobs, lambda: bar.advance(task))
+        for found in _inspect_all(chosen, options.jobs):
+            results += found
+            bar.advance(task)
+            for f in found:
+                if not f.good:  # at once: a whole run takes an hour
+                    print(f"sm_{f.capability} {f.kernel} ({f.name}): {f.complaint}; {f.config}", flush=True)
     shown = [f for f in results if not f.good] if options.quiet else results
     if shown:
         console.print(_table(shown))

@@ -48,6 +48,7 @@ __all__ = [
     "why_no_out",
     "why_no_prologue",
     "why_no_shortcut",
+    "with_all_registers",
 ]
 
 # Filters of several taps over fewer channels than this take (r, s, c) jointly: blocks of 32 channels would be
@@ -359,13 +360,14 @@ def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
     sums = call.statistics and kernel_of(call.shape) != "taps"
     gates = call.prologue is not None and call.prologue.gate is not None and config.SPLIT_K > 1
     if config.maxnreg is None and (sums or gates or call.shortcut is not None):
-        return _with_all_registers(config)
+        return with_all_registers(config)
     return config
 
 
 @functools.lru_cache(maxsize=256)
-def _with_all_registers(config: Config) -> Config:
-    # Left to itself, ptxas spills the sums of the statistics, gates, or a shortcut, to fit one more block.
+def with_all_registers(config: Config) -> Config:
+    """The config without a bound on its registers: left to itself, ptxas spills what an epilogue or addresses
+    need beside the accumulator (sums, gates, a shortcut; in small tiles anything), to fit one more block."""
     return config.replace(maxnreg=255)
 
 

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from fastnets.kernels.activation import check_activation
+from fastnets.kernels.conv_configs import with_all_registers
 from fastnets.kernels.conv_shape import INT32_ELEMENTS, vector_width
 from fastnets.kernels.conv_tile import aligned, tile_of_program
 from fastnets.kernels.device import Device, current_device
@@ -307,6 +308,8 @@ def _plan(
         config = choose_config(M, N, K, element_size, precision, device, vectors, crowded)
     elif not suits(config, vectors, crowded):
         raise UnsupportedConfig(f"{config} leaves too few registers for this call's addresses")
+    if config.maxnreg is None and (config.BLOCK_M == 16 or (norm[0] and element_size == 4)):
+        config = with_all_registers(config)
     flags |= {
         **epilogue, "X_BY_ROWS": x[0], "WEIGHT_BY_ROWS": weight[0],
         "EVEN_K": K % config.BLOCK_K == 0, "PRECISION": precision, "NORM_WIDTH": norm[0], "CENTRED": norm[1],

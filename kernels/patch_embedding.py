@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnets.kernels.conv_configs import JOINT_CHANNELS, table_configs
+from fastnets.kernels.conv_configs import JOINT_CHANNELS, table_configs, with_all_registers
 from fastnets.kernels.conv_shape import ConvCall, ConvPlan, ceil_div, conv_call, vector_width
 from fastnets.kernels.conv_tile import aligned, finish_tile, tile_of_program
 from fastnets.kernels.device import Device, current_device
@@ -141,6 +141,8 @@ def _plan(call: ConvCall) -> ConvPlan:
         config = config.replace(SPLIT_K=1)
     elif config.SPLIT_K > 1:
         raise UnsupportedConfig(f"SPLIT_K={config.SPLIT_K}: patches are many, their columns are not split")
+    if config.maxnreg is None and config.BLOCK_M == 16:
+        config = with_all_registers(config)
     tiles_m = ceil_div(shape.M, config.BLOCK_M)
     kept = ("VECTOR_Y", "DENSE_RESIDUAL", "WIDE", "PRECISION", "ACTIVATION")
     return ConvPlan(
