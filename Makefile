@@ -19,7 +19,7 @@ OLDEST_STAMP = $(OLDEST_VENV)/.installed
 # One thread in each test process: the processes already fill the cores.
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-.PHONY: help install demo test test-slow test-oldest-triton aot aot-sample lint format bench figures figures-in-pages \
+.PHONY: always help install demo test test-slow test-oldest-triton aot aot-sample lint format bench figures figures-in-pages \
 	docs dist clean
 
 help:
@@ -78,23 +78,31 @@ format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-PAGES = README.md docs/allocator.md
+PAGES = README.md docs/cpu.md
 
 # Layers by pytest-benchmark: ARGS="--benchmark-autosave", and later ARGS="--benchmark-compare".
 bench: $(STAMP)
 	$(RUN) -m pytest bench/benchmark_operations.py $(ARGS)
 
-# The figures of the pages, measured afresh (about half an hour on a quiet machine), then put into their tables.
+# The figures of the pages, measured afresh (two hours on two cores), then put into their tables. One alone:
+# make docs/cpu-stock.json figures-in-pages
+FIGURES = docs/cpu-zoo.json docs/cpu-families.json docs/cpu-stock.json docs/cpu-keep-pages.json
 ZOO = lenet5 alexnet vgg11_bn googlenet resnet18 resnet50 densenet121 mobilenet_v2 mobilenet_v3_large efficientnet_b0 \
 	convnext_tiny vit_s_16
-ZOO_VARIANTS = eager,channels-last,compile,onnxruntime,openvino,fastnets,fastnets-measured
+FAMILIES = lenet5_relu alexnet_2012 vgg11 nin googlenet_2014 inception_v3 resnet18 resnet18_fpn resnext50_32x4d \
+	densenet121 squeezenet1_1 shufflenet_v2_x1_0 mnasnet1_0 regnet_y_400mf mobilenet_v1 mobilenet_v2 \
+	mobilenet_v3_small efficientnet_b0 efficientnet_lite0 efficientnet_v2_s convnext_tiny swin_t
+BENCH = $(RUN) -m fastnets bench --device cpu $(ARGS) -o $@
 
-figures: $(STAMP)
+docs/cpu-zoo.json: WHAT = $(ZOO) -b 1,8 --variants eager,channels-last,compile,onnxruntime,openvino,fastnets,fastnets-measured
+docs/cpu-families.json: WHAT = $(FAMILIES) -b 1,8 --variants eager,compile,fastnets
+docs/cpu-stock.json: WHAT = resnet50 mobilenet_v2 -b 8
+docs/cpu-keep-pages.json: WHAT = resnet50 mobilenet_v2 -b 8 --allocator keep-pages
+$(FIGURES): $(STAMP) always
 	$(RUN) -m pip install -qq --disable-pip-version-check onnxruntime onnxscript openvino
-	$(RUN) -m fastnets bench $(ZOO) -b 1,8 --device cpu --variants $(ZOO_VARIANTS) -o docs/cpu-zoo.json $(ARGS)
-	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 --device cpu -o docs/cpu-stock.json $(ARGS)
-	$(RUN) -m fastnets bench resnet50 mobilenet_v2 -b 8 --device cpu --allocator keep-pages \
-		-o docs/cpu-keep-pages.json $(ARGS)
+	$(BENCH) $(WHAT)
+
+figures: $(FIGURES)
 	$(MAKE) figures-in-pages
 
 figures-in-pages: $(STAMP)

@@ -1,6 +1,6 @@
 """Puts committed benchmark results into the pages that state them.
 
-    python -m fastnets.bench.figures README.md docs/allocator.md
+    python -m fastnets.bench.figures README.md docs/cpu.md
 
 A page says where its figures come from and where they belong:
 
