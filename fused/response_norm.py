@@ -4,8 +4,9 @@
 
 x [N, C, ...]; ``F.local_response_norm``'s windows and arguments. One read and one write, where stock's takes
 nine passes; only x is kept for the backward, and the two neighbours on each side are read out of the cache.
-On the CPU ``backend="auto"`` is stock. Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep
-Convolutional Neural Networks", 2012.
+On the CPU ``backend="auto"`` is stock, but for channels-last maps in inference, whose shifted squares are
+added up image by image. Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional
+Neural Networks", 2012.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnets.fused import dispatch
-from fastnets.fused.batch_norm import has_hooks, in_transform
+from fastnets.fused.batch_norm import has_hooks, in_transform, is_unobserved_inference
 
 
 def choose(x: Tensor, backend: str) -> str:
@@ -39,6 +40,52 @@ def _validate(x: Tensor, size: int) -> None:
 
 def _stock(x, size, alpha, beta, k, relu) -> Tensor:
     return F.local_response_norm(F.relu(x) if relu else x, size, alpha, beta, k)
+
+
+def _is_shifted(x: Tensor, size: int, beta: float) -> bool:
+    """Whether ``_shifted`` is the sooner: for channels-last maps in fp32, in inference on the CPU.
+
+    Measured (two cores, AlexNet's and GoogLeNet's maps): an eighth of stock's time for one image, a fifth for
+    eight.
+    """
+    return (
+        is_unobserved_inference(x)
+        and x.dtype == torch.float32
+        and x.dim() == 4
+        and x.numel() > 0
+        and 1 <= size <= _MOST_SHIFTS
+        and beta == 0.75
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _shifted(x: Tensor, size: int, alpha: float, k: float) -> Tensor:
+    """The op with beta 0.75, by additions of the squares shifted along the channels, which lie side by side.
+
+    One image at a time: its sums stay in the cache from one addition to the next.
+    """
+    C = x.shape[1]
+    y = torch.empty_like(x)
+    before, after = size // 2, (size - 1) // 2
+    share = alpha / size
+    constant = x.new_full((1,), k)
+    for image, result in zip(x.permute(0, 2, 3, 1).unbind(), y.permute(0, 2, 3, 1).unbind()):
+        total = torch.addcmul(constant, image, image, value=share)
+        for shift in range(1, min(max(before, after) + 1, C)):
+            if shift <= before:
+                part = image.narrow(2, 0, C - shift)
+                total.narrow(2, shift, C - shift).addcmul_(part, part, value=share)
+            if shift <= after:
+                part = image.narrow(2, shift, C - shift)
+                total.narrow(2, 0, C - shift).addcmul_(part, part, value=share)
+        root = total.rsqrt_()
+        torch.mul(image, root, out=result)
+        result.mul_(root.sqrt_())  # t^(-3/4) = t^(-1/2) · (t^(-1/2))^(1/2)
+    return y
+
+
+_MOST_SHIFTS = 9
 
 
 def _body(x, size, alpha, beta, k, relu, backend):
@@ -138,6 +185,8 @@ def local_response_norm(
     """
     dispatch.validate_backend(backend)
     if in_transform() or dispatch.leaves_to_stock(x, backend):
+        if _is_shifted(x, size, beta):
+            return _shifted(x.relu() if relu else x, size, alpha, k)
         return _stock(x, size, alpha, beta, k, relu)
     op = _differentiable if torch.is_grad_enabled() else _infer
     return op(x, size, alpha, beta, k, relu, backend)
@@ -145,8 +194,9 @@ def local_response_norm(
 
 def call_local_response_norm(norm: nn.LocalResponseNorm, x: Tensor, backend: str = "auto") -> Tensor:
     """``norm(x)`` by the op where that is stock's result, by the module itself elsewhere: where a hook would
-    be skipped, on the CPU, and under autocast."""
-    if runs_stock(norm, x, backend):
+    be skipped, on the CPU but for what ``local_response_norm`` has a way of its own for, and under autocast.
+    """
+    if runs_stock(norm, x, backend) and not _runs_shifted(norm, x, backend):
         return norm(x)
     return local_response_norm(x, norm.size, norm.alpha, norm.beta, norm.k, backend=backend)
 
@@ -163,6 +213,16 @@ def runs_stock(norm: nn.LocalResponseNorm, x: object, backend: str) -> bool:
         or in_transform()
         or dispatch.leaves_to_stock(x, backend)
         or torch.is_autocast_enabled(dispatch.device_type_of(x))
+    )
+
+
+def _runs_shifted(norm: nn.LocalResponseNorm, x: object, backend: str) -> bool:
+    return (
+        norm.__class__ is nn.LocalResponseNorm
+        and not has_hooks(norm)
+        and isinstance(x, Tensor)
+        and dispatch.leaves_to_stock(x, backend)
+        and _is_shifted(x, norm.size, norm.beta)
     )
 
 

@@ -59,6 +59,41 @@ def test_stock_on_the_cpu_and_under_hooks():
     assert seen == [1]
 
 
+def maps(*shape):
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 5, 5), (3, 6, 4, 4), (2, 2, 3, 1)], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 9])
+def test_channels_last_maps_on_the_cpu_are_as_accurate_as_stock(shape, size):
+    x, norm = maps(*shape) * 3, nn.LocalResponseNorm(size, 0.3, k=2.0)
+    with torch.no_grad():
+        y = call_local_response_norm(norm, x)
+        again = fused.LocalResponseNorm.from_stock(norm, relu=True)(x)
+        stock = norm(x)
+    assert y.stride() == x.stride()
+    assert_close_to(norm(x.double()), stock, y)
+    assert_close_to(norm(x.double().relu()), norm(x.relu()), again)
+    if size > 1:
+        assert not torch.equal(y, stock)  # by a way of its own
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0, 1e30])
+def test_channels_last_maps_spread_no_further_than_stocks(value):
+    x, norm = maps(2, 12, 3, 3), nn.LocalResponseNorm(5, 0.3, k=0.0)
+    x[0, 5] = value
+    x[1, 3:8] = 0.0
+    with torch.no_grad():
+        torch.testing.assert_close(call_local_response_norm(norm, x), norm(x), equal_nan=True)
+
+
+def test_channels_last_maps_learn_as_stock():
+    x, norm = maps(2, 6, 4, 4).requires_grad_(), nn.LocalResponseNorm(3, 0.1)
+    assert_exact(norm(x), call_local_response_norm(norm, x))
+    (ours,) = torch.autograd.grad(call_local_response_norm(norm, x).sum(), x)
+    assert_exact(torch.autograd.grad(norm(x).sum(), x)[0], ours)
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
