@@ -331,6 +331,8 @@ def _serves(linear, act, x, residual, layer_scale, activation, norm, backend, kn
 
 
 def _may_serve(x: Tensor, backend: str) -> bool:
+    if dispatch.are_decisions_watched():  # what is measured is the norm, and the layer, each for itself
+        return False
     if x.dtype not in dispatch.OUR_DTYPES or in_transform() or _has_any_global_hook():
         return False
     autocasts = torch.is_autocast_enabled(dispatch.device_type_of(x))
@@ -343,7 +345,7 @@ def takes_norm(
 ) -> bool:  # fmt: skip
     """Whether ``call_norm_linear`` would run in one launch for an input like ``x``; known: with statistics
     of its rows. linear: a linear layer, or multi-head attention, whose projection is meant."""
-    if torch.is_grad_enabled() or not _is_plain(norm, x) or has_hooks(linear):
+    if not is_inference() or not _is_plain(norm, x) or has_hooks(linear):
         return False
     kind = _of_norm(norm, x)[1][0]
     if isinstance(linear, nn.MultiheadAttention):

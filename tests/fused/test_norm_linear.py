@@ -262,6 +262,27 @@ def test_a_hook_on_the_norm_is_called():
     assert seen == [1]
 
 
+def test_what_is_measured_is_the_norm_and_the_layer_each_for_itself():
+    reads = (
+        nn.LayerNorm(256),
+        nn.Linear(256, 64),
+        None,
+        "gelu",
+        torch.empty(8, 256, device="meta"),
+        "triton",
+    )
+    with torch.no_grad():
+        assert norm_linear.takes_norm(*reads)
+        with dispatch.decisions():
+            assert not norm_linear.takes_norm(*reads)
+
+
+def test_a_compiler_sees_the_norm_and_the_layer():
+    net = network()
+    fast = torch.compile(fastnets.optimize(net), backend="aot_eager", fullgraph=True)
+    assert_same_answers(net, fast, torch.randn(2, 9, 48))
+
+
 class Shared(Block):
     """The norm's result has another reader."""
 
