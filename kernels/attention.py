@@ -250,9 +250,8 @@ def _launch_of(problem: Problem, config: Config | None):
     """(grid, config, constexprs) of the forward kernel, kept with the problem."""
     known = problem.launches.get(("forward", config))
     if known is None:
-        chosen = config or forward_config(
-            problem.dtype, problem.block_d, problem.M, problem.device, problem.flags["PLAIN"]
-        )
+        plain = problem.flags["PLAIN"] and not problem.dropout_p  # drawing takes registers, as terms do
+        chosen = config or forward_config(problem.dtype, problem.block_d, problem.M, problem.device, plain)
         if problem.sequences:
             count = problem.M // chosen.BLOCK_M + problem.sequences
         else:

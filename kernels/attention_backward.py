@@ -455,7 +455,7 @@ def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | 
     steps, vec = delta_steps(o, do)
     B, H, HK, M, N = problem.B, problem.H, problem.HK, problem.M, problem.N
     if config is None:
-        plain, grouped = problem.flags["PLAIN"], H > HK
+        plain, grouped = problem.flags["PLAIN"] and not problem.dropout_p, H > HK
         config = backward_config(problem.dtype, problem.block_d, problem.device, plain, grouped)
     if problem.sequences:
         count_m, count_n = (

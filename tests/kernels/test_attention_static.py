@@ -16,6 +16,7 @@ CALLS = {
     "plain": {"B": 2},
     "causal": {"B": 2, "right": 0},
     "masked": {"B": 2, "mask": torch.bool},
+    "dropout": {"B": 2, "dropout_p": 0.1},
 }
 
 
@@ -37,6 +38,12 @@ def check(capability, kind, D, dtype, N):
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_masked_vision_transformer_does_not_spill(capability):
     check(capability, "masked", 64, torch.bfloat16, 197)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_dropout_does_not_spill(capability, D):
+    check(capability, "dropout", D, torch.bfloat16, 197)
 
 
 @pytest.mark.slow
