@@ -194,7 +194,7 @@ def choose(x: Tensor, weight: Tensor, groups: int, activation: str, backend: str
     return "reference"
 
 
-def _preferred(x, weight, stride, dilation, groups, activation, adds, backend) -> str:
+def preferred(x, weight, stride, dilation, groups, activation, adds, backend) -> str:
     """What was asked for, or measured to be the fastest for such a call."""
     return dispatch.preferred(
         "conv_bn_act", backend, x, weight.shape, stride, dilation, groups, activation, adds
@@ -212,7 +212,7 @@ def _body(
     """in_place: the residual may be overwritten. remember: this is what ``call_conv_bn_act`` may repeat."""
     options = Options(tuple(stride), tuple(padding), tuple(dilation), groups, eps, activation, negative_slope)
     vectors = (bias, mean, var, bn_weight, bn_bias)
-    wanted = _preferred(x, weight, stride, dilation, groups, activation, residual is not None, backend)
+    wanted = preferred(x, weight, stride, dilation, groups, activation, residual is not None, backend)
     if packing.keeps(weight):
         key = _folding_key(x, weight.shape, residual, options, backend, wanted)
         prepared = packing.lookup(weight, key, vectors)
@@ -675,5 +675,5 @@ def implementation_of(
         conv, bn, act, x, weight, None
     ):
         return "stock"
-    wanted = _preferred(x, weight, conv.stride, conv.dilation, conv.groups, activation, adds, backend)
+    wanted = preferred(x, weight, conv.stride, conv.dilation, conv.groups, activation, adds, backend)
     return choose(x, weight, conv.groups, activation, backend, wanted)

@@ -1,10 +1,10 @@
-"""A convolution over few channels with what follows it, down to a pooling of whole windows, as one op.
+"""A convolution with what follows it, down to a pooling of whole windows, as one op (LeNet, VGG).
 
     y = pool(act(bn(conv2d(x, weight) + bias)))
 
 pool is the maximum or the mean of windows of at most 2×2 pixels that touch and do not overlap, without
-padding: LeNet's, and those of its like. Inference gains by it; with gradients the parts run one after the
-other.
+padding. Inference gains by it: the map that is pooled is neither stored nor read. With gradients, and where
+a convolution over many channels is not ours or is predicted to lose, the parts run one after the other.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from fastnets.fused.conv import (
     Options,
     Weights,
     call_conv_bn_act,
+    conv_below_autograd,
     conv_bn_act_op,
     conv_flops,
     in_dtype_of,
     must_run_stock,
+    preferred,
     validate_convolution,
     weights_of,
 )
+from fastnets.fused.conv import choose as choose_convolution
 from fastnets.fused.conv import implementation_of as conv_implementation_of
 from fastnets.fused.onednn import activate_in_place, channels_last
 from fastnets.fused.pool import call_pool2d, pair
+from fastnets.kernels.pool_windows import fixed_windows  # no Triton in there
 
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, "
@@ -41,6 +45,17 @@ _SMALL_ON_CPU = 1 << 19  # multiply-adds, about: below, stock's calls are done b
 MOST_CHANNELS, MOST_OUTPUTS, MOST_ELEMENTS = 31, 64, 4  # as kernels.conv_pool
 
 
+def _why_not(C: int, K: int, window: tuple[int, int]) -> str | None:
+    """``why_not_pooled`` without Triton: why C channels to K are not pooled by such windows, or None."""
+    pixels = window[0] * window[1]
+    if pixels > MOST_ELEMENTS or (C > MOST_CHANNELS and pixels not in (2, 4)):
+        counts = "2 or 4" if C > MOST_CHANNELS else f"at most {MOST_ELEMENTS}"
+        return f"windows of {window[0]}×{window[1]} over {C} channels; served are {counts} pixels"
+    if C <= MOST_CHANNELS and K > MOST_OUTPUTS:
+        return f"{C} channels to {K}; served are at most {MOST_OUTPUTS}, or more channels"
+    return None
+
+
 def _pooled(y: Tensor, maximum: bool, window: list[int]) -> Tensor:
     return F.max_pool2d(y, window) if maximum else F.avg_pool2d(y, window)
 
@@ -49,21 +64,19 @@ def _triton(
     x, weight, bias, mean, var, bn_weight, bn_bias,
     stride, padding, dilation, eps, activation, negative_slope, maximum, window,
 ) -> Tensor:  # fmt: skip
-    from fastnets.kernels.conv_pool import conv_pool as launch
+    from fastnets.kernels.conv_pool import conv_pool, pools_result
 
-    return launch(
-        x,
-        *in_dtype_of(x, weight, bias),
-        *(mean, var, bn_weight, bn_bias),
-        window=window,
-        maximum=maximum,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        eps=eps,
-        activation=activation,
-        negative_slope=negative_slope,
-    )
+    layer = (*in_dtype_of(x, weight, bias), mean, var, bn_weight, bn_bias)
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    epilogue = {"eps": eps, "activation": activation, "negative_slope": negative_slope}
+    if pools_result(x, layer[0], window, **geometry):
+        return conv_pool(x, *layer, window=window, maximum=maximum, **geometry, **epilogue)
+    from fastnets.kernels.conv import conv_bn_act
+    from fastnets.kernels.pool import average_pool, max_pool
+
+    y = conv_bn_act(x, *layer, **geometry, **epilogue)
+    windows = fixed_windows(tuple(y.shape[2:]), *(tuple(window),) * 2, (0, 0), (1, 1), False)
+    return max_pool(y, windows)[0] if maximum else average_pool(y, windows)
 
 
 @dispatch.replays(tensors=7)
@@ -71,13 +84,28 @@ def _body(*arguments):
     tensors, options, backend = arguments[:7], arguments[7:-1], arguments[-1]
     _validate(*tensors, *options)
     x, weight, bias, mean, var, bn_weight, bn_bias = tensors
-    if x.numel() and composed.choose(x, backend) == "triton":
+    chosen = _choose(x, weight, options, backend) if x.numel() else "reference"
+    if chosen == "triton":
         return _triton(*tensors, *options)
     *geometry, eps, activation, negative_slope, maximum, window = options
+    if chosen != "reference":  # the vendor's convolution, with what it fuses
+        convolution = Options(*geometry, 1, eps, activation, negative_slope)
+        y = conv_below_autograd(*tensors, None, *convolution, backend)
+        return channels_last(_pooled(y, maximum, window))
     y = F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *geometry)
     if mean is not None:
         y = F.batch_norm(y, mean, var, bn_weight, bn_bias, False, 0.0, eps)
     return channels_last(_pooled(activation_of(activation).forward(y, negative_slope), maximum, window))
+
+
+def _choose(x: Tensor, weight: Tensor, options: tuple, backend: str) -> str:
+    """As ``composed.choose``; over many channels ours runs where the convolution alone would be ours."""
+    chosen = composed.choose(x, backend)
+    if chosen != "triton" or x.shape[1] <= MOST_CHANNELS:
+        return chosen
+    stride, _, dilation, _, activation, *_ = options
+    wanted = preferred(x, weight, stride, dilation, 1, activation, False, backend)
+    return choose_convolution(x, weight, 1, activation, backend, wanted)
 
 
 def _validate(
@@ -88,12 +116,9 @@ def _validate(
     weights = Weights(weight, bias, mean, var, bn_weight, bn_bias)
     options = Options(stride, padding, dilation, 1, eps, activation, negative_slope)
     N, K, P, Q = validate_convolution(x, weights, None, options)
-    if x.shape[1] > MOST_CHANNELS or K > MOST_OUTPUTS or window[0] * window[1] > MOST_ELEMENTS:
-        raise ValueError(
-            f"conv_act_pool: {x.shape[1]} channels to {K}, pooled {window[0]}×{window[1]}; served are at "
-            f"most {MOST_CHANNELS} to {MOST_OUTPUTS}, and windows of {MOST_ELEMENTS} pixels. Call "
-            "conv_bn_act and a pooling one after the other"
-        )
+    reason = _why_not(x.shape[1], K, window)
+    if reason is not None:
+        raise ValueError(f"conv_act_pool: {reason}. Call conv_bn_act and a pooling one after the other")
     if min(window) < 1 or P < window[0] or Q < window[1]:
         raise ValueError(f"conv_act_pool: a window of {window[0]}×{window[1]} does not fit {P}×{Q} pixels")
     return N, K, P // window[0], Q // window[1]
@@ -144,9 +169,10 @@ def conv_act_pool(
     """``pool(act(bn(conv2d(x, weight, bias))))``; see the top of this file.
 
     Args:
-        x: [N, C, H, W], C ≤ 31, a floating dtype, any strides.
-        weight: [K, C, R, S], K ≤ 64, of x's dtype; the vectors are [K].
-        maximum: the pooling takes the maximum, or the mean, of each ``window``.
+        x: [N, C, H, W], a floating dtype, any strides.
+        weight: [K, C, R, S] of x's dtype, K ≤ 64 where C ≤ 31; the vectors are [K].
+        maximum: the pooling takes the maximum, or the mean, of each ``window``: of 2 or 4 pixels, and of any
+            number up to 4 where C ≤ 31.
 
     Returns:
         [N, K, P // window[0], Q // window[1]] of x's dtype, dense channels-last. Differentiable once.
@@ -172,10 +198,10 @@ def call_conv_act_pool(
     pool_backend: str,
     backend: str,
 ) -> Tensor:
-    """``pool(act(bn(conv(x))))``: in one launch where our kernel serves it in inference, by PyTorch's
+    """``pool(act(bn(conv(x))))``: in one launch where our kernels serve it in inference, by PyTorch's
     functions where the CPU has little to compute and nothing to fold, else by ``call_conv_bn_act`` and
     ``call_pool2d``, whose remarks hold."""
-    served = _served_as_one(pool, conv, bn, act, x, backend)
+    served = _served_as_one(pool, conv, bn, act, activation, x, backend)
     if served == "stock" and not watched(x):
         y = _convolve(conv, x)
         return pool.forward(y if activation == "none" else activate_in_place(y, activation, negative_slope))
@@ -192,17 +218,18 @@ def call_conv_act_pool(
 def implementation_of(pool, conv, bn, act, activation: str, x: Tensor, backend: str = "auto") -> str:
     """The implementation that ``call_conv_act_pool`` would run for an input like ``x``, the convolution's
     where each part decides; "stock" if none."""
-    served = _served_as_one(pool, conv, bn, act, x, backend)
+    served = _served_as_one(pool, conv, bn, act, activation, x, backend)
     return served or conv_implementation_of(conv, bn, act, activation, x, backend)
 
 
-def _served_as_one(pool, conv, bn, act, x, backend) -> str:
+def _served_as_one(pool, conv, bn, act, activation, x, backend) -> str:
     """What runs all of it: "triton", "stock" for PyTorch's functions, or "" where each part decides."""
     if torch.is_grad_enabled() or conv.training or not isinstance(x, Tensor) or x.dim() != 4:
         return ""
     wanted, device = dispatch.requested(backend), dispatch.device_type_of(x)
+    many = conv.in_channels > MOST_CHANNELS
     if wanted == "auto" and device == "cpu":
-        return "stock" if bn is None and _is_small_on_cpu(pool, conv, act, x, backend) else ""
+        return "stock" if not many and bn is None and _is_small_on_cpu(pool, conv, act, x, backend) else ""
     if wanted != "triton" and not (wanted == "auto" and device == "cuda"):
         return ""
     if x.dtype not in dispatch.OUR_DTYPES or 0 in x.shape:
@@ -213,6 +240,14 @@ def _served_as_one(pool, conv, bn, act, x, backend) -> str:
         return ""
     if must_run_stock(conv, bn, act, x, conv._parameters.get("weight"), None):
         return ""
+    if many:
+        compiles = torch.compiler.is_compiling()  # compilers cannot look at what was measured
+        if not compiles and dispatch.are_decisions_watched():  # each part is measured for itself
+            return ""
+        if wanted != "triton" and (
+            compiles or conv_implementation_of(conv, bn, act, activation, x, backend) != "triton"
+        ):
+            return ""
     # Stock's errors for images that are too small.
     sizes = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, _window(pool))
     fits = all(
@@ -265,15 +300,17 @@ def serves(conv: nn.Conv2d, pool: nn.Module) -> bool:
     if type(pool) is nn.AvgPool2d and pool.divisor_override is not None:
         return False
     window = _window(pool)
-    if pair(pool.stride, window) != window or not 1 < window[0] * window[1] <= MOST_ELEMENTS:
+    if pair(pool.stride, window) != window or window[0] * window[1] == 1:
         return False
-    plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    few = conv.in_channels <= MOST_CHANNELS and conv.out_channels <= MOST_OUTPUTS
-    return plain and few and conv.kernel_size != (1, 1)
+    if conv.groups > 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    if conv.in_channels <= MOST_CHANNELS and conv.kernel_size == (1, 1):
+        return False
+    return _why_not(conv.in_channels, conv.out_channels, window) is None
 
 
 def join_pools(graph: fx.Graph, modules: dict[str, nn.Module], fusions: tuple) -> tuple:
-    """Let small convolutions pool their own result where a pooling alone reads it.
+    """Let convolutions pool their own result where a pooling alone reads it.
 
     For graphs of inference, after all other patterns. Returns the fusions, those that joined as one.
     """

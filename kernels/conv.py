@@ -14,7 +14,8 @@ it adds is one shift for all rows (a scalar), and one bit per row that says whet
 image. A 1×1 filter drops even these.
 
 Where the residual is a convolution, a block's 1×1 *shortcut*, the same program computes it, in an accumulator
-of its own: it is never stored.
+of its own: it is never stored. Where whole windows are pooled (``conv_pool``), A's rows are ordered window by
+window, and the epilogue makes one row of each.
 
 ``conv_reduce_kernel`` is the second half of split-K: where the tiles are too few to fill the GPU, SPLIT_K
 programs share the columns of each, and their fp32 partial sums are added here, always in the same order.
@@ -41,6 +42,7 @@ from fastnets.kernels.conv_configs import (
     checked_shortcut,
     choose_config,
     config_for,
+    holds_pool,
     holds_shortcut,
     kernel_configs,
     kernel_of,
@@ -51,6 +53,7 @@ from fastnets.kernels.conv_configs import (
     why_no_shortcut,
 )
 from fastnets.kernels.conv_shape import (
+    NO_POOL,
     NO_STATISTICS,
     SIZES,
     ConvCall,
@@ -103,6 +106,7 @@ def conv_kernel(
     EVEN_C: tl.constexpr, FLAT_X: tl.constexpr, FLAT_WEIGHT: tl.constexpr, DENSE_RESIDUAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, X_ACTIVATION: tl.constexpr,
     S_STRIDE_H: tl.constexpr, S_STRIDE_W: tl.constexpr, VECTOR_S: tl.constexpr, EVEN_S: tl.constexpr,
+    POOL_H: tl.constexpr, POOL_W: tl.constexpr, MAXIMUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -116,11 +120,13 @@ def conv_kernel(
 
     VECTOR_*: elements of an aligned vector access. EVEN_C: C is a multiple of BLOCK_K. FLAT_X: windows are
     single pixels in one run, x_w apart. FLAT_WEIGHT: each filter is one run of R·S·C. WIDE: offsets need 64
-    bits. HALVES: see ``finish_tile``.
+    bits. HALVES: see ``finish_tile``. POOL_H, POOL_W, MAXIMUM: of a ``Pool``; with one, P and Q are those of
+    the pooled map, and the M rows the pixels of its windows, window by window.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     TAPS: tl.constexpr = R * S
     PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0  # without padding, every tap is inside
+    POOL: tl.constexpr = POOL_H * POOL_W  # a power of two
     BITS: tl.constexpr = TAPS <= 32  # which taps are inside the image fits the bits of one int per row
 
     C = aligned(C, VECTOR_X, tl.int32)
@@ -145,7 +151,10 @@ def conv_kernel(
     if FLAT_X:
         windows = m * x_w + group * C * x_c
     else:
-        n, h, w = window_origin(m, P, Q, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
+        n, h, w = window_origin(m // POOL, P, Q, POOL_H * STRIDE_H, POOL_W * STRIDE_W, PAD_H, PAD_W)
+        if POOL > 1:
+            h += (m & POOL - 1) // POOL_W * STRIDE_H
+            w += (m & POOL_W - 1) * STRIDE_W
         windows = n * x_n + h * x_h + w * x_w + group * C * x_c
         if PADDED and BITS:
             taps_inside = tl.zeros((BLOCK_M,), tl.int32)
@@ -232,7 +241,7 @@ def conv_kernel(
                 weight_next_row = weight_r - (S - 1) * weight_s
                 weight_tap += tl.where(row_done, weight_next_row, tl.where(tap_done, weight_s, 0))
 
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tile_m * (BLOCK_M // POOL) + tl.arange(0, BLOCK_M // POOL)
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
     added = (residual, residual_n, residual_k, residual_p, residual_q, P, Q)
     statistics = None
@@ -251,6 +260,7 @@ def conv_kernel(
         acc += normalized_sums(more, outputs, outputs < K, of_bn, s_eps)
         vectors = (None, None, None, None, None)
     if SPLIT_K > 1:
+        tl.static_assert(POOL == 1, "a share of the columns cannot be pooled")
         # Partial sums go to the workspace as they are; conv_reduce_kernel finishes them.
         y += tl.program_id(2).to(INDEX) * M * y_pitch
         finish_tile(
@@ -259,8 +269,8 @@ def conv_kernel(
         )  # fmt: skip
     else:
         finish_tile(
-            acc, m, m < M, tile_n * BLOCK_N, K, group * K, y, y_pitch, vectors, eps, added, negative_slope,
-            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES, statistics,
+            acc, m, m < M // POOL, tile_n * BLOCK_N, K, group * K, y, y_pitch, vectors, eps, added,
+            negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES, statistics, POOL, MAXIMUM,
         )  # fmt: skip
 
 
@@ -427,13 +437,16 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     SPLIT_K = config.SPLIT_K
     if call.shortcut is not None and not holds_shortcut(config, current_device(call.x)):
         raise UnsupportedConfig(f"{config} has no room for a shortcut: its sums are too many, or not whole")
+    if call.pool is not None and not holds_pool(config):
+        raise UnsupportedConfig(f"{config} has no whole sums to pool")
     if SPLIT_K > 1:
         flags = call.flags(max(outputs, SPLIT_K * M * shape.K))
     x_n, x_c, x_h, x_w, weight_k, weight_c, weight_r, weight_s, *residual_strides = call.strides()
     even = C % config.BLOCK_K == 0
     run = weight_c == 1 and (shape.S == 1 or weight_s == C) and (shape.R == 1 or weight_r == shape.S * C)
     pitch = None
-    if shape.taps == 1 and shape.padding == (0, 0) and shape.stride == (1, 1):
+    pool = call.pool or NO_POOL
+    if shape.taps == 1 and shape.padding == (0, 0) and shape.stride == (1, 1) and pool is NO_POOL:
         pitch = pixel_pitch(call.x.shape, (x_n, x_c, x_h, x_w))
     before = call.prologue
     of_shortcut = _shortcut_flags(call.shortcut, call.x.element_size(), config)
@@ -442,7 +455,8 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
         config,
         (tiles_m * ceil_div(K, config.BLOCK_N), shape.groups, SPLIT_K),
         (
-            *(M, C, shape.H, shape.W, K, shape.P, shape.Q, call.pitch if SPLIT_K == 1 else shape.K),
+            *(M, C, shape.H, shape.W, K, *pool.of(shape.P, shape.Q)),
+            call.pitch if SPLIT_K == 1 else shape.K,
             *(x_n, x_c, x_h, x_w if pitch is None else pitch),
             *(weight_k, weight_c, weight_r, weight_s, *residual_strides),
         ),
@@ -452,6 +466,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
             "FLAT_WEIGHT": even and run,
             "X_ACTIVATION": "none" if before is None else before.activation,
             **of_shortcut,
+            **pool.flags,
             **flags,
         },
         tiles_m,

@@ -18,6 +18,7 @@ from fastnets.kernels.activation import check_activation
 from fastnets.kernels.conv_shape import (
     ConvCall,
     ConvShape,
+    Pool,
     Prologue,
     Shortcut,
     checked_vectors,
@@ -29,14 +30,17 @@ from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig
 
 __all__ = [
+    "addressing",
     "checked_out",
     "checked_prologue",
     "checked_shortcut",
     "choose_config",
     "groups_per_tile",
+    "holds_pool",
     "holds_shortcut",
     "kernel_configs",
     "kernel_of",
+    "pool_pays",
     "predicted_seconds",
     "products_of",
     "representative",
@@ -348,6 +352,11 @@ def holds_shortcut(config: Config, device: Device) -> bool:
     return config.SPLIT_K == 1 and config.BLOCK_M * config.BLOCK_N <= 128 * 64
 
 
+def holds_pool(config: Config) -> bool:
+    """Whether a tile can pool its rows: of whole sums."""
+    return config.SPLIT_K == 1
+
+
 def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
     """The call's own config, or the chosen one. flags: those of ``ConvCall.flags``."""
     config = call.config
@@ -356,18 +365,20 @@ def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
         size = call.x.element_size()
         channels = 0 if call.shortcut is None else call.shortcut.x.shape[1]
         addresses = addressing(call, flags)
-        config = choose_config(call.shape, size, call.precision, device, *addresses, channels)
+        config = choose_config(
+            call.shape, size, call.precision, device, *addresses, channels, call.pool is not None
+        )  # fmt: skip
     sums = call.statistics and kernel_of(call.shape) != "taps"
     gates = call.prologue is not None and call.prologue.gate is not None and config.SPLIT_K > 1
-    if config.maxnreg is None and (sums or gates or call.shortcut is not None):
+    if config.maxnreg is None and (sums or gates or call.shortcut or call.pool):
         return with_all_registers(config)
     return config
 
 
 @functools.lru_cache(maxsize=256)
 def with_all_registers(config: Config) -> Config:
-    """The config without a bound on its registers: left to itself, ptxas spills what an epilogue or addresses
-    need beside the accumulator (sums, gates, a shortcut; in small tiles anything), to fit one more block."""
+    """The config without a bound on its registers: left to itself, ptxas spills what is needed beside the
+    accumulator (for sums, gates, a shortcut, a pool; in small tiles for anything), to fit one more block."""
     return config.replace(maxnreg=255)
 
 
@@ -388,17 +399,20 @@ def choose_config(
     vectors: bool = True,
     crowded: bool = False,
     shortcut_channels: int = 0,
+    pooled: bool = False,
 ) -> Config:
     """The config with the least predicted time among those that suit the call.
 
     element_size: bytes per element of x. precision: "ieee" or "tf32", of fp32 products. vectors, crowded: see
-    ``suits``. shortcut_channels: of the ``Shortcut``'s input, 0 where there is none.
+    ``suits``. shortcut_channels: of the ``Shortcut``'s input, 0 where there is none. pooled: with a ``Pool``.
     """
     kernel = kernel_of(shape)
     candidates = table_configs(kernel, products_of(element_size, precision, device), device)
     candidates = [c for c in candidates if suits(c, kernel, vectors, crowded)]
     if shortcut_channels:
         candidates = [c for c in candidates if holds_shortcut(c, device)]
+    if pooled:
+        candidates = [c for c in candidates if holds_pool(c)]
     # Filters of several taps keep to 4 warps as long as nothing was measured: convolution loops in wider
     # blocks have been miscompiled (pytorch#173068), and no lane without a GPU runs the machine code itself.
     careful = [c for c in candidates if shape.taps == 1 or c.num_warps <= 4]
@@ -450,6 +464,27 @@ def shortcut_pays(
 
     residual = element_size * shape.M * shape.K / (1e9 * device.dram_bandwidth)
     return seconds(shape, shortcut.C) <= seconds(shape) + seconds(shortcut) + _LAUNCH + residual
+
+
+@functools.lru_cache(maxsize=1024)
+def pool_pays(
+    shape: ConvShape,
+    pool: Pool,
+    element_size: int,
+    precision: str,
+    device: Device,
+    vectors: bool = True,
+    crowded: bool = False,
+) -> bool:
+    """Whether a convolution that pools its result is predicted to take no longer than two launches, of which
+    the second reads what the first wrote. vectors, crowded: see ``suits``."""
+
+    def seconds(one: ConvShape, pooled: bool) -> float:
+        config = choose_config(one, element_size, precision, device, vectors, crowded, pooled=pooled)
+        return predicted_seconds(one, config, element_size, precision, device)
+
+    read = element_size * shape.M * shape.K / (1e9 * device.dram_bandwidth)
+    return seconds(pool.covered(shape), True) <= seconds(shape, False) + _LAUNCH + read
 
 
 def seconds_of_tiles(
@@ -512,13 +547,15 @@ def representative(
     statistics: bool = False,
     prologue: str | None = None,
     shortcut: tuple[int, int] | None = None,
+    pool: Pool | None = None,
 ) -> RepresentativeCall:
     """A call with BN on meta tensors, x [N, C, H, W] under filters (K, R, S), for ``representative_calls``.
 
     Its thunk refuses configs of another dtype's table, which no heuristic would pair with it. kernel: the one
     that ``run`` runs, if it is not ``kernel_of`` the shape; candidates: its configs, if they are in no table.
     statistics: a call of training instead, which writes those of y; prologue: the activation that is
-    applied to BN of x, if any; shortcut: (channels, stride) of the convolution that is added, if any.
+    applied to BN of x, if any; shortcut: (channels, stride) of the convolution that is added, if any; pool:
+    of the result, if any.
     """
 
     def thunk(config: Config | None = None) -> torch.Tensor:
@@ -550,6 +587,8 @@ def representative(
         call = dataclasses.replace(
             call, precision=precision, statistics=statistics, prologue=before, shortcut=added
         )
+        if pool is not None:
+            call = dataclasses.replace(call, shape=pool.covered(call.shape), pool=pool)
         device = current_device(image)
         products = products_of(image.element_size(), precision, device)
         table = kernel or kernel_of(call.shape)

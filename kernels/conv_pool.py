@@ -1,28 +1,44 @@
-"""A convolution over few channels, batch norm, activation and the pooling of whole windows, in one launch.
+"""A convolution, batch norm, activation and the pooling of whole windows, in one launch.
 
     y = pool(act(bn(conv2d(x, weight) + bias)))
 
-x [N, C, H, W] with C·R·S columns taken jointly, as in ``conv_joint``; pool is the maximum or the mean of
-windows of at most four pixels that lie side by side. A program holds pooled pixels: for each element of their
-windows it computes a tile of the convolution, and keeps the maximum or sum in registers. What lies between
-convolution and pooling is never stored. This is for the small networks that launches alone would bound.
+pool is the maximum or the mean of windows of at most four pixels that lie side by side. What lies between
+convolution and pooling is never stored.
+
+Of few channels, x [N, C, H, W] has C·R·S columns that are taken jointly, as in ``conv_joint``. A program of
+``conv_pool_kernel`` holds pooled pixels: for each element of their windows it computes a tile of the
+convolution, and keeps the maximum or sum in registers. This is for the small networks that launches alone
+would bound.
+
+Of more channels, as in VGG, the kernel is that of ``conv``: its rows are then the pixels of the windows,
+window by window, and the epilogue pools successive rows.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from fastnets.kernels import conv
 from fastnets.kernels.activation import activate
-from fastnets.kernels.conv_configs import products_of
-from fastnets.kernels.conv_shape import INT32_ELEMENTS, conv_call, span, stepping
+from fastnets.kernels.conv_configs import addressing, holds_pool, pool_pays, products_of, representative
+from fastnets.kernels.conv_shape import (
+    INT32_ELEMENTS,
+    Pool,
+    conv_call,
+    span,
+    stepping,
+)
 from fastnets.kernels.conv_tile import within
 from fastnets.kernels.device import Device, current_device
 from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfig, launch, tiles
 
-__all__ = ["configs", "conv_pool", "representative_calls", "why_not_pooled"]
+__all__ = ["configs", "conv_pool", "pools_result", "representative_calls", "why_not_pooled"]
 
+# Over more channels than these, outputs may be as many as they like, and windows have 2 or 4 pixels.
 MOST_CHANNELS, MOST_OUTPUTS, MOST_ELEMENTS = 31, 64, 4
 
 
@@ -122,7 +138,8 @@ def conv_pool(
 
     x [N, C, H, W] and weight [K, C, R, S] share a dtype (fp32, fp16, bf16), any strides; the vectors are [K],
     fp32 or of it. window: of the pooling, with a stride of its size, no padding, pixels that fill no window
-    left out; maximum: or the mean. All after the products is fp32, rounded once.
+    left out; maximum: or the mean. All after the products is fp32, rounded once. config: one of ``configs``
+    that is of the kernel in question, or None to have it chosen.
 
     Raises ``ValueError`` or ``TypeError`` for what is no convolution; ``UnsupportedConfig`` where
     ``why_not_pooled`` has a reason.
@@ -138,6 +155,10 @@ def conv_pool(
     P, Q = shape.P // window[0], shape.Q // window[1]
     if min(P, Q) < 1:
         raise ValueError(f"a window of {window} does not fit {shape.P}x{shape.Q} pixels")
+    if shape.C > MOST_CHANNELS:
+        call.pool = Pool(tuple(window), maximum)
+        call.shape = call.pool.covered(shape)
+        return conv.taps_conv(call)[0]
     M, K = shape.N * P * Q, shape.K
     y = torch.empty_strided(
         (shape.N, K, P, Q), (K * P * Q, 1, K * Q, K), dtype=x.dtype, device=x.device
@@ -165,11 +186,36 @@ def conv_pool(
 
 def why_not_pooled(C: int, K: int, window: tuple[int, int]) -> str | None:
     """Why a convolution of C channels to K outputs is not pooled in its own launch, or None where it is."""
-    if C > MOST_CHANNELS or K > MOST_OUTPUTS:
-        return f"{C} channels and {K} outputs are more than {MOST_CHANNELS} and {MOST_OUTPUTS}"
-    if window[0] * window[1] > MOST_ELEMENTS:
+    pixels = window[0] * window[1]
+    if pixels > MOST_ELEMENTS:
         return f"a window of {window[0]}x{window[1]} has more than {MOST_ELEMENTS} pixels"
+    if C > MOST_CHANNELS:
+        if pixels not in (2, 4):
+            return f"a window of {window[0]}x{window[1]} over {C} channels has {pixels} pixels, not 2 or 4"
+    elif K > MOST_OUTPUTS:
+        return f"{K} outputs are more than {MOST_OUTPUTS}, of {C} channels"
     return None
+
+
+def pools_result(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    window: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> bool:
+    """Whether ``conv_pool`` serves this convolution, and is predicted not to lose by it."""
+    call = conv_call(x, weight, (None,) * 5, None, stride, padding, dilation, 1, 0.0, "none", 0.0, None)
+    shape = call.shape
+    if why_not_pooled(shape.C, shape.K, window) is not None:
+        return False
+    if shape.C <= MOST_CHANNELS:
+        return True
+    addresses = addressing(call, call.flags())
+    device = current_device(x)
+    return pool_pays(shape, Pool(tuple(window)), x.element_size(), call.precision, device, *addresses)
 
 
 def _configs(products: str, device: Device) -> list[Config]:
@@ -193,7 +239,8 @@ def _choose(products: str, M: int, K: int, device: Device) -> Config:
 def configs(device: Device) -> list[Config]:
     """Every config that may be picked on this device."""
     kinds = ("fma",) if device.capability < 80 else ("16-bit", "fma")
-    return [config for kind in kinds for config in _configs(kind, device)]
+    few = [config for kind in kinds for config in _configs(kind, device)]
+    return [*few, *filter(holds_pool, conv.configs(device))]
 
 
 def representative_calls() -> list[RepresentativeCall]:
@@ -226,4 +273,22 @@ def representative_calls() -> list[RepresentativeCall]:
         ("3x3 over 3 channels, BN, max, fp16", call(**cifar, dtype=torch.float16)),
         ("3x3 over 3 channels, BN, max, TF32", call(**cifar, dtype=full, precision="tf32")),
     ]
-    return [RepresentativeCall(name, thunk) for name, thunk in table]
+    return [*(RepresentativeCall(name, thunk) for name, thunk in table), *_of_more_channels()]
+
+
+def _of_more_channels() -> list[RepresentativeCall]:
+    half, full, last = torch.bfloat16, torch.float32, torch.channels_last
+    whole, mean, pairs = Pool((2, 2)), Pool((2, 2), False), Pool((1, 2), False)
+    layer = {"x": (8, 64, 56, 56), "filters": (128, 3, 3), "padding": 1, "memory_format": last}
+    deep = {"x": (8, 512, 28, 28), "filters": (512, 3, 3), "padding": 1}
+    call = functools.partial(representative, run=conv.taps_conv)
+    return [
+        call("3x3, pooled", **layer, pool=whole),
+        call("3x3 over many channels, pooled, bf16", **deep, dtype=half, pool=whole),
+        call("3x3, pooled, fp32", **layer, dtype=full, pool=whole),
+        call("3x3, pooled, TF32", **layer, dtype=full, precision="tf32", pool=whole),
+        call("3x3, pooled, past 2^31 elements", **{**layer, "x": (1024, 64, 224, 224)}, pool=whole),
+        call("3x3, pooled, contiguous", **{**layer, "memory_format": torch.contiguous_format}, pool=whole),
+        call("3x3, mean, gelu, fp32", **layer, dtype=full, activation="gelu", pool=mean),
+        call("3x3 over odd C, mean of pairs", **{**layer, "x": (8, 72, 28, 28)}, pool=pairs),
+    ]

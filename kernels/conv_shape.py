@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "ConvCall",
     "ConvPlan",
     "ConvShape",
+    "Pool",
     "Prologue",
     "Shortcut",
     "ceil_div",
@@ -148,6 +149,31 @@ class Shortcut(NamedTuple):
         return self.x.shape, self.x.stride(), self.stride
 
 
+class Pool(NamedTuple):
+    """A pooling of the result: the maximum or the mean of windows that touch and do not overlap, without
+    padding. Pixels that fill no window are not computed."""
+
+    window: tuple[int, int]
+    maximum: bool = True
+
+    def of(self, P: int, Q: int) -> tuple[int, int]:
+        """The pooled size of a map."""
+        return P // self.window[0], Q // self.window[1]
+
+    def covered(self, shape: ConvShape) -> ConvShape:
+        """The convolution, of whose result only the pixels in whole windows are left."""
+        P, Q = self.of(shape.P, shape.Q)
+        return replace(shape, P=P * self.window[0], Q=Q * self.window[1])
+
+    @property
+    def flags(self) -> dict[str, object]:
+        """The compile-time arguments."""
+        return {"POOL_H": self.window[0], "POOL_W": self.window[1], "MAXIMUM": self.maximum}
+
+
+NO_POOL = Pool((1, 1))
+
+
 class ConvPlan(NamedTuple):
     """All of a launch that follows from sizes, strides and options: worked out once, see ``ConvCall.plan``.
 
@@ -178,6 +204,8 @@ class ConvCall:
     """Of fp32 products: "ieee", or "tf32" where torch's switch for convolutions allows it."""
     prologue: Prologue | None = None
     shortcut: Shortcut | None = None
+    pool: Pool | None = None
+    """With one, ``shape`` is what it covers."""
     out: torch.Tensor | None = None
     """Where y goes instead of memory of its own: see ``pitch``."""
     statistics: bool = False
@@ -191,7 +219,8 @@ class ConvCall:
         key = (
             make, self.config, self.activation, self.precision, self.statistics,
             before if before is None else before.activation,
-            None if self.shortcut is None else self.shortcut.layout, self.pitch, current_device(self.x),
+            None if self.shortcut is None else self.shortcut.layout, self.pool, self.pitch,
+            current_device(self.x),
         )  # fmt: skip
         plan = self.plans.get(key)
         if plan is None:
@@ -204,11 +233,11 @@ class ConvCall:
         return self.shape.K if self.out is None else pixel_pitch(self.out.shape, self.out.stride())
 
     def empty_output(self) -> torch.Tensor:
-        """y [N, K, P, Q], of x's dtype and device: ``out``, or else dense channels-last."""
+        """y [N, K, P, Q], pooled or not, of x's dtype and device: ``out``, or else dense channels-last."""
         if self.out is not None:
             return self.out
         shape = self.shape
-        N, K, P, Q = shape.N, shape.K, shape.P, shape.Q
+        N, K, (P, Q) = shape.N, shape.K, (self.pool or NO_POOL).of(shape.P, shape.Q)
         strides = (K * P * Q, 1, K * Q, K)
         return torch.empty_strided((N, K, P, Q), strides, dtype=self.x.dtype, device=self.x.device)
 

@@ -7,6 +7,8 @@ The epilogue, on the fp32 accumulator and before the one rounding, with every te
 This is eager's act(bn(conv(x) + bias) + residual). BN's own four vectors are read, so nothing folded can go
 stale. The mean is subtracted before scaling: folded into beta it would cancel where it is large.
 
+Where successive rows are the pixels of one window of a pooling, their maximum or mean alone is stored.
+
 In training the epilogue also says, of every channel of its tile, what batch norm asks of the *stored* values:
 their mean, and the sum of squared deviations from it. And a tile of the input may be normalised while it is
 loaded (``normalized``), where only the statistics of an earlier convolution's output are known yet.
@@ -24,6 +26,7 @@ __all__ = [
     "moments",
     "normalized",
     "normalized_sums",
+    "pooled",
     "tile_of_program",
     "window_origin",
     "within",
@@ -140,12 +143,13 @@ def normalized_sums(acc, k, inside_k, vectors, eps):
 def finish_tile(
     acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
-    HALVES: tl.constexpr, statistics=None,
+    HALVES: tl.constexpr, statistics=None, POOL: tl.constexpr = 1, MAXIMUM: tl.constexpr = True,
 ):  # fmt: skip
     """The epilogue of acc [BLOCK_M, BLOCK_N], stored to y, a row-major [M, y_pitch].
 
-    Rows are the output pixels m where inside_m; columns a group's outputs k < K, from first_k on. channel is
-    the group's first output channel.
+    Rows are the output pixels m where inside_m, or with POOL > 1 the pixels of the windows m, POOL for each:
+    their MAXIMUM, or mean, is stored. Columns are a group's outputs k < K, from first_k on. channel is the
+    group's first output channel.
     vectors: (bias, running_mean, running_var, bn_weight, bn_bias), pointers or None. residual: (pointer or
     None, its strides n, k, p, q, P, Q); DENSE_RESIDUAL where it lies as y does. HALVES: finish the left half
     of the columns before the right, which takes half the registers beside the accumulator. statistics: None,
@@ -157,24 +161,40 @@ def finish_tile(
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         finish_columns(
             left, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
-            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics, POOL, MAXIMUM,
         )  # fmt: skip
         finish_columns(
             right, m, inside_m, first_k + BLOCK_N // 2, K, channel, y, y_pitch, vectors, eps, residual,
-            negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics,
+            negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics, POOL, MAXIMUM,
         )  # fmt: skip
     else:
         finish_columns(
             acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
-            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics, POOL, MAXIMUM,
         )  # fmt: skip
+
+
+@triton.jit
+def _greater(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def pooled(acc, POOL: tl.constexpr, MAXIMUM: tl.constexpr):
+    """The maximum, or the mean, of each POOL successive rows of acc; NaN stays."""
+    windows = acc.reshape(acc.shape[0] // POOL, POOL, acc.shape[1])
+    if MAXIMUM:
+        acc = tl.reduce(windows, 1, _greater)
+    else:
+        acc = tl.sum(windows, 1) / POOL
+    return acc
 
 
 @triton.jit
 def finish_columns(
     acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
-    statistics,
+    statistics, POOL: tl.constexpr, MAXIMUM: tl.constexpr,
 ):  # fmt: skip
     k = first_k + tl.arange(0, acc.shape[1])
     inside_k = k < K
@@ -192,6 +212,9 @@ def finish_columns(
             lies_at = pixels[:, None] + (k * residual_k)[None, :]
             acc += tl.load(added + lies_at, mask=inside, other=0.0).to(tl.float32)
     acc = activate(acc, ACTIVATION, negative_slope)
+    if POOL > 1:
+        tl.static_assert(added is None and statistics is None, "neither is of windows")
+        acc = pooled(acc, POOL, MAXIMUM)
     y_pointers = y + offsets
     stored = acc.to(y.dtype.element_ty)
     tl.store(y_pointers, stored, mask=inside)

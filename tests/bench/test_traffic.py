@@ -532,7 +532,7 @@ class TestNetworks:
         "name, backend, share, launches",
         [
             ("alexnet_2012", "triton", 0.286, 13),
-            ("vgg16_bn", "triton", 0.379, 24),
+            ("vgg16_bn", "triton", 0.246, 19),
             ("resnet50", "triton", 0.320, 53),
             ("densenet121", "triton", 0.260, 222),
             ("mobilenet_v2", "triton", 0.349, 55),
