@@ -250,8 +250,9 @@ def _launch_of(problem: Problem, config: Config | None):
     """(grid, config, constexprs) of the forward kernel, kept with the problem."""
     known = problem.launches.get(("forward", config))
     if known is None:
-        plain = problem.flags["PLAIN"] and not problem.dropout_p  # drawing takes registers, as terms do
-        chosen = config or forward_config(problem.dtype, problem.block_d, problem.M, problem.device, plain)
+        chosen = config or forward_config(
+            problem.dtype, problem.block_d, problem.M, problem.device, problem.kind
+        )
         if problem.sequences:
             count = problem.M // chosen.BLOCK_M + problem.sequences
         else:
@@ -279,12 +280,13 @@ def _keep_q(problem: Problem, config: Config) -> bool:
         problem.dtype != torch.float32
         and problem.device.capability < 90
         and (flags["PLAIN"], flags["VEC"], problem.dropout_p) == (True, 8, 0.0)
+        and (flags["HAS_LEFT"] or not problem.sequences)
         and flags["BLOCK_D"] == flags["BLOCK_D_V"] == config.BLOCK_M == 16 * config.num_warps == 128
     )
 
 
 def _run(call: AttentionCall, config: Config | None = None):
-    check_config(config, forward_configs_for(call.dtype, call.block_d, current_device(), call.plain))
+    check_config(config, forward_configs_for(call.dtype, call.block_d, current_device(), call.kind))
     q, k, v, options, extra = call.tensors()
     return attention_forward(q, k, v, options, **extra, keep_lse=call.keep_lse, config=config)
 

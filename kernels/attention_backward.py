@@ -455,8 +455,7 @@ def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | 
     steps, vec = delta_steps(o, do)
     B, H, HK, M, N = problem.B, problem.H, problem.HK, problem.M, problem.N
     if config is None:
-        plain, grouped = problem.flags["PLAIN"] and not problem.dropout_p, H > HK
-        config = backward_config(problem.dtype, problem.block_d, problem.device, plain, grouped)
+        config = backward_config(problem.dtype, problem.block_d, problem.device, problem.kind)
     if problem.sequences:
         count_m, count_n = (
             rows // block + problem.sequences for rows, block in ((M, config.BLOCK_M), (N, config.BLOCK_N))
@@ -476,7 +475,7 @@ def _plan(problem: Problem, o: torch.Tensor, do: torch.Tensor, config: Config | 
 
 
 def _run(call: AttentionCall, config: Config | None = None):
-    suited = backward_configs_for(call.dtype, call.block_d, current_device(), call.plain, call.group > 1)
+    suited = backward_configs_for(call.dtype, call.block_d, current_device(), call.kind)
     check_config(config, suited)
     q, k, v, options, extra = call.tensors()
     o, lse = call.result()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastnets.kernels.attention_configs import Kind
 from fastnets.kernels.attention_problem import UNBOUNDED, Options, power_of_two
 from fastnets.kernels.launch import Config, UnsupportedConfig
 
@@ -42,9 +43,9 @@ class AttentionCall:
         return power_of_two(self.D)
 
     @property
-    def plain(self) -> bool:
-        """Nothing is added to the scores."""
-        return not (self.softcap or self.bias or self.mask or self.alibi)
+    def kind(self) -> Kind:
+        terms = bool(self.softcap or self.bias or self.mask or self.alibi)
+        return Kind(self.dropout_p > 0, terms, self.group > 1, self.sequences > 0)
 
     def tensors(self) -> tuple:
         """(q, k, v, options, the other tensors by name)."""
@@ -91,6 +92,22 @@ def attention_calls() -> dict[str, AttentionCall]:
             bf16, D=128, N=4096, B=1, H=32, group=4, right=0, alibi=True, keep_lse=True
         ),
         "64 causal grouped bf16": AttentionCall(bf16, N=4096, B=1, H=32, group=8, right=0, keep_lse=True),
+        "64 bf16, bool mask": AttentionCall(bf16, N=4096, B=1, mask=torch.bool, keep_lse=True),
+        "64 bf16, bool mask, dropout": AttentionCall(
+            bf16, N=1024, B=2, mask=torch.bool, dropout_p=0.1, keep_lse=True
+        ),
+        "64 bf16, packed": AttentionCall(bf16, B=1, N=8192, sequences=24, keep_lse=True),
+        "128 bf16, packed": AttentionCall(bf16, D=128, B=1, N=8192, right=0, sequences=24, keep_lse=True),
+        "64 grouped, dropout bf16": AttentionCall(
+            bf16, N=1024, B=1, H=32, group=8, right=0, dropout_p=0.1, keep_lse=True
+        ),
+        "128 grouped, mask, dropout bf16": AttentionCall(
+            bf16, D=128, N=1024, B=1, H=32, group=4, mask=torch.bool, dropout_p=0.1, keep_lse=True
+        ),
+        "32 causal grouped bf16": AttentionCall(
+            bf16, D=32, N=1024, B=1, H=8, group=4, right=0, keep_lse=True
+        ),
+        "16 causal fp16": AttentionCall(half, D=16, N=1024, B=2, right=0, keep_lse=True),
         "128 fp32": AttentionCall(single, D=128, B=2),
         "32 bf16, Swin": AttentionCall(bf16, D=32, B=256, H=3, N=49, bias=(1, 3, 49, 49), mask=bf16),
         "16 fp16": AttentionCall(half, D=16),

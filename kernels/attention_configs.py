@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,7 @@ from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config
 
 __all__ = [
+    "Kind",
     "backward_config",
     "backward_configs",
     "backward_configs_for",
@@ -37,13 +39,18 @@ def _backward(n: int, step_m: int, m: int, step_n: int, warps: int, stages: int)
     return Config(BLOCK_N=n, STEP_M=step_m, BLOCK_M=m, STEP_N=step_n, num_warps=warps, num_stages=stages)
 
 
+def _with_all_registers(config: Config) -> Config:
+    """To fit one more block ptxas would spill some of them."""
+    return config.replace(maxnreg=255)
+
+
 def _by_length(short: Config, long: Config) -> tuple:
     return (64, short), (None, long)
 
 
 # By padded head dim: (the most queries, config), the first that fits. Two-byte dtypes, those on sm_90, fp32.
 _FORWARD = {
-    16: _by_length(_forward(64, 64, 4, 3), _forward(128, 64, 4, 3)),
+    16: _by_length(_forward(64, 64, 4, 3), _with_all_registers(_forward(128, 64, 4, 3))),
     32: _by_length(_forward(64, 64, 4, 3), _forward(128, 64, 4, 3)),
     64: _by_length(_forward(64, 64, 4, 3), _forward(128, 64, 4, 3)),
     128: _by_length(_forward(64, 64, 4, 2), _forward(128, 64, 8, 2)),
@@ -82,101 +89,161 @@ _BACKWARD_FP32 = {
 }
 
 
-# Calls with a mask, bias, ALiBi or soft-capping hold more of each score: tiles that then do not spill.
+class Kind(NamedTuple):
+    """What a call keeps in registers beside its tiles."""
+
+    dropout: bool = False
+    terms: bool = False  # a mask, bias, ALiBi or soft-capping
+    grouped: bool = False  # several heads to a key head: one loop more around the backward's
+    packed: bool = False
+
+
+ANY = Kind()
+DROPOUT, TERMS, GROUPED, PACKED = (Kind(**{name: True}) for name in Kind._fields)
+
+
+class _Tables(NamedTuple):
+    """Tiles by padded head dim. Those ``_of`` kinds come first: the first row counts whose kind a call has,
+    whatever else it is, and that has its head dim. They are smaller, so that nothing spills.
+    """
+
+    forward_of: tuple[tuple[Kind, dict], ...]
+    forward: dict
+    backward_of: tuple[tuple[Kind, dict], ...]
+    backward: dict
+
+
 _FORWARD_WITH_TERMS = {
     16: _forward(64, 64, 4, 3),
     32: _forward(64, 32, 4, 3),
     64: _forward(64, 64, 4, 3),
     128: _forward(64, 32, 4, 2),
 }
-_FORWARD_WITH_TERMS_FP32 = {
-    64: _forward(32, 32, 4, 2),
-    128: _forward(16, 16, 8, 1),
-}
-_BACKWARD_WITH_TERMS = {
-    32: _backward(64, 32, 64, 32, 4, 2),
-    64: _backward(64, 32, 64, 32, 4, 2),
-}
+_BACKWARD_WITH_DROPOUT = (
+    (Kind(dropout=True, grouped=True), {128: _backward(32, 32, 32, 32, 8, 1)}),
+    (
+        DROPOUT,
+        {
+            16: _backward(64, 32, 64, 32, 8, 1),
+            32: _backward(64, 16, 64, 32, 4, 1),
+            64: _backward(64, 16, 64, 16, 4, 1),
+            128: _backward(64, 16, 64, 32, 8, 1),
+        },
+    ),
+)
+_SM80 = _Tables(
+    forward_of=(
+        (Kind(dropout=True, packed=True), {64: _forward(64, 32, 4, 3)}),
+        (DROPOUT, _FORWARD_WITH_TERMS),
+        (TERMS, _FORWARD_WITH_TERMS),
+        (PACKED, {64: _forward(128, 64, 4, 2)}),
+    ),
+    forward=_FORWARD,
+    backward_of=(
+        *_BACKWARD_WITH_DROPOUT,
+        (TERMS, {32: _backward(64, 32, 64, 32, 8, 2), 64: _backward(64, 16, 64, 32, 4, 2)}),
+        (Kind(grouped=True, packed=True), {64: _backward(64, 16, 64, 32, 4, 2)}),
+        (GROUPED, {32: _backward(64, 32, 64, 32, 4, 2), 64: _backward(64, 32, 64, 32, 8, 2)}),
+        (PACKED, {64: _backward(128, 32, 128, 64, 8, 2)}),
+    ),
+    backward=_BACKWARD,
+)
+_SM90 = _Tables(
+    forward_of=((DROPOUT, _FORWARD_WITH_TERMS), (TERMS, _FORWARD_WITH_TERMS)),
+    forward=_FORWARD_SM90,
+    backward_of=(
+        *_BACKWARD_WITH_DROPOUT,
+        (Kind(terms=True, grouped=True), {64: _backward(64, 32, 64, 32, 8, 2)}),
+        (TERMS, dict.fromkeys((32, 64), _backward(64, 32, 64, 32, 4, 2))),
+        (
+            GROUPED,
+            {
+                32: _backward(64, 32, 64, 32, 4, 2),
+                64: _backward(64, 32, 64, 32, 8, 2),
+                128: _backward(64, 16, 64, 32, 8, 2),
+            },
+        ),
+    ),
+    backward=_BACKWARD_SM90,
+)
+_WITH_TERMS_FP32 = {64: _with_all_registers(_forward(32, 32, 4, 2)), 128: _forward(16, 16, 8, 1)}
 _BACKWARD_WITH_TERMS_FP32 = {64: _backward(16, 32, 32, 16, 4, 1)}
-# With several heads to a key head there is one loop more around, whose addresses take registers.
-_BACKWARD_GROUPED = {64: _backward(64, 32, 64, 32, 8, 2)}
-_BACKWARD_GROUPED_SM90 = {**_BACKWARD_GROUPED, 128: _backward(64, 16, 64, 32, 8, 2)}
+_FP32 = _Tables(
+    forward_of=(
+        (DROPOUT, _WITH_TERMS_FP32),
+        (TERMS, _WITH_TERMS_FP32),
+        (PACKED, {64: _forward(32, 32, 4, 2), 128: _forward(32, 32, 8, 1)}),
+    ),
+    forward=_FORWARD_FP32,
+    backward_of=(
+        (DROPOUT, _BACKWARD_WITH_TERMS_FP32),
+        (TERMS, _BACKWARD_WITH_TERMS_FP32),
+        (GROUPED, _BACKWARD_WITH_TERMS_FP32),
+    ),
+    backward=_BACKWARD_FP32,
+)
 
 
-def _forward_table(dtype: torch.dtype, device: Device) -> dict:
+def _tables(dtype: torch.dtype, device: Device) -> _Tables:
     if dtype == torch.float32:
-        return _FORWARD_FP32
-    return _FORWARD_SM90 if device.capability == 90 else _FORWARD
+        return _FP32
+    return _SM90 if device.capability == 90 else _SM80
 
 
-def _backward_table(dtype: torch.dtype, device: Device) -> dict:
-    if dtype == torch.float32:
-        return _BACKWARD_FP32
-    return _BACKWARD_SM90 if device.capability == 90 else _BACKWARD
+def _of_kind(rows: tuple[tuple[Kind, dict], ...], kind: Kind, head_dim: int) -> Config | None:
+    for needed, table in rows:
+        if head_dim in table and all(has or not needs for needs, has in zip(needed, kind)):
+            return table[head_dim]
+    return None
 
 
-def _backward_tables(dtype: torch.dtype, device: Device, plain: bool, grouped: bool) -> tuple[dict, ...]:
-    """The first that has the head dim counts."""
-    tables = [_backward_table(dtype, device)]
-    if not plain:
-        tables.insert(0, _BACKWARD_WITH_TERMS_FP32 if dtype == torch.float32 else _BACKWARD_WITH_TERMS)
-    if grouped and dtype != torch.float32:
-        tables.insert(0, _BACKWARD_GROUPED_SM90 if device.capability == 90 else _BACKWARD_GROUPED)
-    return tuple(tables)
-
-
-def forward_configs_for(dtype: torch.dtype, head_dim: int, device: Device, plain: bool) -> list[Config]:
+def forward_configs_for(dtype: torch.dtype, head_dim: int, device: Device, kind: Kind) -> list[Config]:
     """Those that ``forward_config`` may pick for a dtype, a padded head dim and any number of queries."""
-    lengths = [most or 1 << 20 for most, _ in _forward_table(dtype, device)[head_dim]]
-    return list(dict.fromkeys(forward_config(dtype, head_dim, M, device, plain) for M in lengths))
+    lengths = [most or 1 << 20 for most, _ in _tables(dtype, device).forward[head_dim]]
+    return list(dict.fromkeys(forward_config(dtype, head_dim, M, device, kind) for M in lengths))
 
 
-def backward_configs_for(
-    dtype: torch.dtype, head_dim: int, device: Device, plain: bool, grouped: bool
-) -> list[Config]:
+def backward_configs_for(dtype: torch.dtype, head_dim: int, device: Device, kind: Kind) -> list[Config]:
     """The one that ``backward_config`` picks for a dtype and a padded head dim; none where there is none."""
-    if head_dim not in _backward_table(dtype, device):
+    if head_dim not in _tables(dtype, device).backward:
         return []
-    return [backward_config(dtype, head_dim, device, plain, grouped)]
+    return [backward_config(dtype, head_dim, device, kind)]
 
 
 def forward_configs(device: Device) -> list[Config]:
     """Every config that ``forward_config`` may pick; none without matrix units."""
-    return _all_of(forward_configs_for, device, (True, False))
+    return _all_of(forward_configs_for, device)
 
 
 def backward_configs(device: Device) -> list[Config]:
     """Every config that ``backward_config`` may pick; none without matrix units."""
-    return _all_of(backward_configs_for, device, (True, False), (True, False))
+    return _all_of(backward_configs_for, device)
 
 
-def _all_of(configs_for: Callable, device: Device, *kinds: tuple[bool, ...]) -> list[Config]:
+def _all_of(configs_for: Callable, device: Device) -> list[Config]:
     if device.capability < MATRIX_UNITS:
         return []
     found: dict[Config, None] = {}
-    for dtype, head_dim, *kind in itertools.product((torch.float16, torch.float32), _FORWARD, *kinds):
-        found.update(dict.fromkeys(configs_for(dtype, head_dim, device, *kind)))
+    kinds = itertools.starmap(Kind, itertools.product((False, True), repeat=len(Kind._fields)))
+    for kind, dtype, head_dim in itertools.product(kinds, (torch.float16, torch.float32), _FORWARD):
+        found.update(dict.fromkeys(configs_for(dtype, head_dim, device, kind)))
     return list(found)
 
 
-def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device, plain: bool = True) -> Config:
-    """head_dim: the greater of q's and v's, a power of two; plain: nothing is added to the scores."""
-    with_terms = _FORWARD_WITH_TERMS_FP32 if dtype == torch.float32 else _FORWARD_WITH_TERMS
-    if not plain and head_dim in with_terms:
-        return with_terms[head_dim]
-    row = _forward_table(dtype, device)[head_dim]
-    return next(config for most, config in row if most is None or M <= most)
+def forward_config(dtype: torch.dtype, head_dim: int, M: int, device: Device, kind: Kind = ANY) -> Config:
+    """head_dim: the greater of q's and v's, a power of two."""
+    tables = _tables(dtype, device)
+    row = tables.forward[head_dim]
+    chosen = _of_kind(tables.forward_of, kind, head_dim)
+    return chosen or next(config for most, config in row if most is None or M <= most)
 
 
-def backward_config(
-    dtype: torch.dtype, head_dim: int, device: Device, plain: bool = True, grouped: bool = False
-) -> Config:
-    """As ``forward_config``; head_dim is at most 128 in fp32, wider ones do not fit. grouped: heads share
-    key heads."""
+def backward_config(dtype: torch.dtype, head_dim: int, device: Device, kind: Kind = ANY) -> Config:
+    """As ``forward_config``; head_dim is at most 128 in fp32, wider ones do not fit."""
     if dtype == torch.float32 and head_dim > 128:
         raise ValueError("attention: the backward kernel takes head dims up to 128 in float32")
-    tables = _backward_tables(dtype, device, plain, grouped)
-    return next(table[head_dim] for table in tables if head_dim in table)
+    tables = _tables(dtype, device)
+    return _of_kind(tables.backward_of, kind, head_dim) or tables.backward[head_dim]
 
 
 def bias_config(dtype: torch.dtype, head_dim: int, device: Device) -> Config:

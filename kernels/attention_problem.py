@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastnets.kernels.attention_configs import Kind
 from fastnets.kernels.device import Device, current_device
 
 __all__ = [
@@ -54,7 +55,7 @@ class Problem:
 
     __slots__ = (
         "B", "D", "D_V", "H", "HK", "M", "N", "block_d", "device", "dropout_p", "dtype", "flags", "flops",
-        "launches", "numbers", "sequences", "shapes", "strides",
+        "kind", "launches", "numbers", "sequences", "shapes", "strides",
     )  # fmt: skip
 
     def __init__(self, q, k, v, bias, mask, slopes, seed, cu, options: Options, device: Device):
@@ -98,6 +99,7 @@ class Problem:
             "SOFTCAP": options.softcap != 0.0,
             "PRECISION": dot_precision(q.dtype, device),
         }
+        self.kind = Kind(p > 0, not plain, self.H > self.HK, self.sequences > 0)
         self.block_d = max(self.flags["BLOCK_D"], self.flags["BLOCK_D_V"])
         self.flops = 2 * self.B * self.H * self.M * self.N * (self.D + self.D_V)
 
