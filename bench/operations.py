@@ -397,6 +397,25 @@ def _shortcut_convolution(C, K, channels, size, step):
     return make
 
 
+def _shuffled_convolution(C, size):
+    def function(x, weight, passed, *vectors, backend):
+        return fused.conv_channel_shuffle(
+            x, weight, None, *vectors, passed=passed, activation="relu", backend=backend
+        )
+
+    def make(inputs: Inputs, N: int) -> Call:
+        tensors = (
+            inputs.normal(N, C, size, size),
+            inputs.weight(C, C, 1, 1),
+            inputs.normal(N, C, size, size),
+            *inputs.statistics(C),
+            *(1 + inputs.normal(C, scale=0.1), inputs.normal(C, scale=0.1)),
+        )
+        return Call(function, tensors, learns=(0, 1, 2, 5, 6))
+
+    return make
+
+
 def _response_norm(function, C, size, **options):
     def make(inputs: Inputs, N: int) -> Call:
         options_of_alexnet = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0, **options}
@@ -425,6 +444,7 @@ _add(
     "conv + shortcut",
     _shortcut_convolution(128, 512, 256, 28, 2),
 )
+_add("conv 1x1 116 @14, channel shuffle", "conv + channel shuffle", _shuffled_convolution(116, 14))
 _add("response norm 96 @55", "response norm", _response_norm(fused.local_response_norm, 96, 55))
 _add(
     "response norm 256 @27 + max pool 3x3/2",

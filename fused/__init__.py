@@ -29,6 +29,7 @@ from fastnets.fused.response_norm import LocalResponseNorm, local_response_norm
 from fastnets.fused.response_norm_pool import local_response_norm_max_pool
 from fastnets.fused.rope import apply_rope
 from fastnets.fused.shortcut_conv import conv_shortcut
+from fastnets.fused.shuffled_conv import conv_channel_shuffle
 from fastnets.fused.squeeze_excite import SqueezeExcite
 from fastnets.fused.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
@@ -66,6 +67,7 @@ __all__ = [
     "bn_add_act",
     "conv_act_pool",
     "conv_bn_act",
+    "conv_channel_shuffle",
     "conv_shortcut",
     "depthwise_layer_norm",
     "distillation_loss",

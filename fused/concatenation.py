@@ -333,16 +333,7 @@ def _write_into_slices(cat: fx.Node) -> bool:
     parts, nodes, backends = [], [], set()
     flat = _flattened(cat)
     for part in flat:
-        joins = (
-            part.op == "call_function"
-            and part.target is call_conv_bn_act
-            and not part.kwargs
-            and part.args[4] is None
-            and len(part.users) == 1
-            and flat.count(part) == 1
-            and not may_write_between(part, cat)
-        )
-        if joins:
+        if flat.count(part) == 1 and is_convolution_for(part, cat):
             conv, bn, act, x, _, activation, slope, backend = part.args
             parts.append((conv, bn, act, x, activation, slope))
             nodes.append(part)
@@ -354,6 +345,19 @@ def _write_into_slices(cat: fx.Node) -> bool:
     inner = [part for part in cat.args[0] if part not in flat]
     put_one_call(call_conv_concatenation, (tuple(parts), backends.pop()), (cat, *inner, *nodes))
     return True
+
+
+def is_convolution_for(part: fx.Node, reader: fx.Node) -> bool:
+    """Whether the node is a fused convolution without a residual, read once, that may as well run where
+    ``reader`` does."""
+    return (
+        part.op == "call_function"
+        and part.target is call_conv_bn_act
+        and not part.kwargs
+        and part.args[4] is None
+        and len(part.users) == 1
+        and not may_write_between(part, reader)
+    )
 
 
 def _flattened(cat: fx.Node) -> list[fx.Node]:

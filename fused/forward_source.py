@@ -27,6 +27,7 @@ from fastnets.fused.norm_linear_patterns import join_norms
 from fastnets.fused.patterns import join_preactivations, mark_dying_residuals
 from fastnets.fused.response_norm_pool import join_response_norms
 from fastnets.fused.shortcut_conv import join_shortcuts
+from fastnets.fused.shuffled_conv import join_shuffles
 from fastnets.fused.training_graph import link
 from fastnets.fused.transformer_patterns import (
     ending_in_addition,
@@ -80,6 +81,7 @@ def rewrite_variants(module: nn.Module, variants: dict[Condition, Variant], reci
             variant.fusions = join_pools(graph, modules, variant.fusions)
             variant.fusions = join_response_norms(graph, modules, variant.fusions)
             variant.fusions = join_linear_chains(graph, modules, variant.fusions)
+            variant.fusions = join_shuffles(graph, modules, variant.fusions)
             variant.fusions += grow_in_place(graph, recipe.backend)
             variant.overwrites = mark_dying_residuals(graph, modules)
             variant.fusions = join_shortcuts(graph, modules, variant.fusions)

@@ -15,7 +15,8 @@ image. A 1×1 filter drops even these.
 
 Where the residual is a convolution, a block's 1×1 *shortcut*, the same program computes it, in an accumulator
 of its own: it is never stored. Where whole windows are pooled (``conv_pool``), A's rows are ordered window by
-window, and the epilogue makes one row of each.
+window, and the epilogue makes one row of each. Or the residual's channels and the result's take turns in an
+output of twice as many: the channel *shuffle* of what a ShuffleNet v2 unit passes on and what it filters.
 
 ``conv_reduce_kernel`` is the second half of split-K: where the tiles are too few to fill the GPU, SPLIT_K
 programs share the columns of each, and their fp32 partial sums are added here, always in the same order.
@@ -38,6 +39,7 @@ import triton.language as tl
 from fastnets.kernels.batch_norm_training import Statistics
 from fastnets.kernels.conv_configs import (
     checked_out,
+    checked_passed,
     checked_prologue,
     checked_shortcut,
     choose_config,
@@ -50,6 +52,7 @@ from fastnets.kernels.conv_configs import (
     representative,
     shortcut_pays,
     why_no_out,
+    why_no_passed,
     why_no_shortcut,
 )
 from fastnets.kernels.conv_shape import (
@@ -88,6 +91,7 @@ __all__ = [
     "conv_bn_act",
     "joins_shortcut",
     "representative_calls",
+    "shuffles",
     "writes_slices",
 ]
 
@@ -106,7 +110,7 @@ def conv_kernel(
     EVEN_C: tl.constexpr, FLAT_X: tl.constexpr, FLAT_WEIGHT: tl.constexpr, DENSE_RESIDUAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, ACTIVATION: tl.constexpr, X_ACTIVATION: tl.constexpr,
     S_STRIDE_H: tl.constexpr, S_STRIDE_W: tl.constexpr, VECTOR_S: tl.constexpr, EVEN_S: tl.constexpr,
-    POOL_H: tl.constexpr, POOL_W: tl.constexpr, MAXIMUM: tl.constexpr,
+    POOL_H: tl.constexpr, POOL_W: tl.constexpr, MAXIMUM: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +124,8 @@ def conv_kernel(
 
     VECTOR_*: elements of an aligned vector access. EVEN_C: C is a multiple of BLOCK_K. FLAT_X: windows are
     single pixels in one run, x_w apart. FLAT_WEIGHT: each filter is one run of R·S·C. WIDE: offsets need 64
-    bits. HALVES: see ``finish_tile``. POOL_H, POOL_W, MAXIMUM: of a ``Pool``; with one, P and Q are those of
-    the pooled map, and the M rows the pixels of its windows, window by window.
+    bits. HALVES, INTERLEAVED: see ``finish_tile``. POOL_H, POOL_W, MAXIMUM: of a ``Pool``; with one, P and Q
+    are those of the pooled map, and the M rows the pixels of its windows, window by window.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     TAPS: tl.constexpr = R * S
@@ -271,6 +275,7 @@ def conv_kernel(
         finish_tile(
             acc, m, m < M // POOL, tile_n * BLOCK_N, K, group * K, y, y_pitch, vectors, eps, added,
             negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, HALVES, statistics, POOL, MAXIMUM,
+            INTERLEAVED,
         )  # fmt: skip
 
 
@@ -318,11 +323,11 @@ def conv_reduce_kernel(
     partial, y, bias, running_mean, running_var, bn_weight, bn_bias, residual, M, K, P, Q, y_pitch,
     residual_n, residual_k, residual_p, residual_q, eps, negative_slope, mean, m2, count,
     SPLIT_K: tl.constexpr, VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y [M, K] = epilogue(Σ partial [SPLIT_K, M, K]): grid (row tiles, column tiles).
 
-    mean, m2, count: as in ``conv_kernel``.
+    mean, m2, count, INTERLEAVED: as in ``conv_kernel``.
     """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     K = aligned(K, VECTOR_Y, tl.int32)
@@ -342,7 +347,7 @@ def conv_reduce_kernel(
         statistics = (mean, m2, count, tile_m, M)
     finish_tile(
         acc, m, m < M, tl.program_id(1) * BLOCK_N, K, 0, y, y_pitch, vectors, eps, added, negative_slope,
-        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, False, statistics,
+        VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, False, statistics, INTERLEAVED=INTERLEAVED,
     )  # fmt: skip
 
 
@@ -366,6 +371,7 @@ def conv_bn_act(
     prologue: Prologue | None = None,
     shortcut: Shortcut | None = None,
     out: torch.Tensor | None = None,
+    passed: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """act(bn(conv2d(x, weight, bias)) + residual) -> y [N, K, P, Q], dense channels-last, of x's dtype.
@@ -378,13 +384,15 @@ def conv_bn_act(
     prologue: act(bn(x)), or x times a gate, takes the place of x, rounded to x's dtype, while x is loaded.
     shortcut: a 1×1 convolution whose normalised result takes the residual's place, and is not rounded.
     out: a slice of the channels of a channels-last tensor that y is written into; there is no residual then.
+    passed: [N, K, P, Q], channels of a channels-last tensor, which y's take turns with, passed first:
+    channel_shuffle(cat((passed, y), 1), 2) is returned, [N, 2K, P, Q]. There is no residual then either.
 
     Raises ``ValueError`` or ``TypeError`` for arguments that are no convolution, ``UnsupportedConfig`` for a
-    config that does not fit the kernel, a prologue for which ``why_no_prologue`` has a reason, or a shortcut
-    for which ``why_no_shortcut`` has.
+    config that does not fit the kernel, a prologue for which ``why_no_prologue`` has a reason, and likewise
+    a shortcut, ``out`` and ``passed``.
     """
     vectors = (bias, running_mean, running_var, bn_weight, bn_bias)
-    alone = prologue is None and shortcut is None and out is None
+    alone = prologue is None and shortcut is None and out is None and passed is None
     if groups > 1 and x.dim() == 4 and groups == x.shape[1] and alone:
         from fastnets.kernels.depthwise import depthwise_conv
 
@@ -402,6 +410,8 @@ def conv_bn_act(
         call.shortcut = checked_shortcut(shortcut, call)
     if out is not None:
         call.out = checked_out(out, call)
+    if passed is not None:
+        call.residual, call.shuffles = checked_passed(passed, call), True
     kernel = kernel_of(call.shape)
     if kernel == "joint":
         from fastnets.kernels.conv_rows import few_channels_conv
@@ -428,7 +438,7 @@ class _SecondPass(NamedTuple):
 def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
     shape = call.shape
     C, K, M = shape.group_channels, shape.group_outputs, shape.M
-    outputs = M * call.pitch
+    outputs = M * call.pitch * (2 if call.shuffles else 1)
     if call.shortcut is not None:
         added = call.shortcut.x
         outputs = max(outputs, span(added.shape, added.stride()))
@@ -450,6 +460,12 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
         pitch = pixel_pitch(call.x.shape, (x_n, x_c, x_h, x_w))
     before = call.prologue
     of_shortcut = _shortcut_flags(call.shortcut, call.x.element_size(), config)
+    interleaved = {"INTERLEAVED": 0}
+    if call.shuffles:
+        passes = pixel_pitch(call.residual.shape, call.residual.stride())
+        residual_strides = (0, 1, 0, passes)
+        vector = vector_width(call.x.element_size(), passes)
+        interleaved = {"INTERLEAVED": vector, "DENSE_RESIDUAL": False}
     tiles_m = ceil_div(M, config.BLOCK_M)
     first = ConvPlan(
         config,
@@ -468,6 +484,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
             **of_shortcut,
             **pool.flags,
             **flags,
+            **interleaved,
         },
         tiles_m,
     )
@@ -480,7 +497,7 @@ def _plan(call: ConvCall) -> tuple[ConvPlan, _SecondPass | None]:
         finishing,
         (tiles_m, ceil_div(shape.K, finishing.BLOCK_N)),
         (M, shape.K, shape.P, shape.Q, call.pitch, *residual_strides),
-        {"SPLIT_K": SPLIT_K, **{name: flags[name] for name in names}},
+        {"SPLIT_K": SPLIT_K, **{name: flags[name] for name in names}, **interleaved},
         tiles_m,
     )
     return first, _SecondPass((SPLIT_K, M, shape.K), second)
@@ -531,6 +548,21 @@ def writes_slices(
     """Whether ``conv_bn_act`` of these tensors takes an ``out``."""
     shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation, groups)
     return why_no_out(shape) is None
+
+
+def shuffles(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    passed: torch.Tensor,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> bool:
+    """Whether ``conv_bn_act`` of these tensors takes ``passed``."""
+    shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation, groups)
+    return why_no_passed(shape, passed) is None
 
 
 def taps_conv(call: ConvCall) -> tuple[torch.Tensor, Statistics]:
@@ -596,6 +628,8 @@ def representative_calls() -> list[RepresentativeCall]:
     joined = {"x": (8, 64, 28, 28), "filters": (256, 1, 1)}
     preactivated = {"x": (8, 160, 28, 28), "filters": (128, 1, 1), "prologue": "relu"}
     gated = {"x": (8, 144, 28, 28), "filters": (40, 1, 1), "residual": True, "prologue": "gate"}
+    halves = {"x": (8, 232, 14, 14), "filters": (232, 1, 1)}
+    odd = {"x": (8, 58, 28, 28), "filters": (58, 1, 1)}
     call = functools.partial(representative, run=taps_conv)
     return [
         call("3x3", **same),
@@ -631,4 +665,9 @@ def representative_calls() -> list[RepresentativeCall]:
         call("1x1 and its shortcut of odd C, fp32", **joined, dtype=full, shortcut=(72, 2)),
         call("1x1 and its shortcut, TF32", **joined, dtype=full, precision="tf32", shortcut=(128, 2)),
         call("3x3 and its shortcut of odd C", **layer, shortcut=(36, 1)),
+        call("1x1, shuffled with half of a wider tensor", **halves, passes="slice"),
+        call("1x1, shuffled with another's result, fp32", **halves, passes="whole", dtype=full),
+        call("1x1, shuffled, TF32", **halves, passes="slice", dtype=full, precision="tf32"),
+        call("1x1, shuffled, odd C and K, bf16", **{**halves, **odd}, passes="slice", dtype=half),
+        call("3x3, shuffled", **layer, passes="whole"),
     ]  # fmt: skip

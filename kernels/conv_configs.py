@@ -32,6 +32,7 @@ from fastnets.kernels.launch import Config, RepresentativeCall, UnsupportedConfi
 __all__ = [
     "addressing",
     "checked_out",
+    "checked_passed",
     "checked_prologue",
     "checked_shortcut",
     "choose_config",
@@ -50,6 +51,7 @@ __all__ = [
     "suits",
     "table_configs",
     "why_no_out",
+    "why_no_passed",
     "why_no_prologue",
     "why_no_shortcut",
     "with_all_registers",
@@ -265,6 +267,33 @@ def why_no_out(shape: ConvShape) -> str | None:
     return None
 
 
+def checked_passed(passed: torch.Tensor, call: ConvCall) -> torch.Tensor:
+    """The tensor whose channels y's take turns with; raises for what does not fit."""
+    shape = call.shape
+    size = [shape.N, shape.K, shape.P, shape.Q]
+    if list(passed.shape) != size:
+        raise ValueError(f"passed has shape {list(passed.shape)}, the convolution gives {size}")
+    if passed.dtype != call.x.dtype:
+        raise TypeError(f"passed is {passed.dtype} but x is {call.x.dtype}; cast one of them")
+    reason = why_no_passed(shape, passed)
+    others = (call.residual, call.prologue, call.shortcut, call.pool, call.out)
+    if reason is None and any(other is not None for other in others):
+        reason = "a residual, a prologue, a shortcut, a pool or an out comes with it"
+    if reason is not None:
+        raise UnsupportedConfig(f"passed: {reason}; shuffle the channels in a pass of its own")
+    return passed
+
+
+def why_no_passed(shape: ConvShape, passed: torch.Tensor) -> str | None:
+    """Why a convolution cannot shuffle its channels with those of ``passed``, or None where it can."""
+    kernel = kernel_of(shape)
+    if kernel != "taps":
+        return f"groups={shape.groups} of {shape.group_channels} channels run in the {kernel} kernel"
+    if (passed.stride(1) != 1 and shape.K > 1) or pixel_pitch(passed.shape, passed.stride()) is None:
+        return f"it has strides {passed.stride()}; channels of a channels-last tensor are supported"
+    return None
+
+
 def slices_pay(written: int, copies: int, device: Device) -> bool:
     """Whether to concatenate by slices: what convolutions write there, in bytes, is not read and written once
     more, but each of the other parts is copied by a launch of its own, where a concatenation is one."""
@@ -370,7 +399,7 @@ def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
         )  # fmt: skip
     sums = call.statistics and kernel_of(call.shape) != "taps"
     gates = call.prologue is not None and call.prologue.gate is not None and config.SPLIT_K > 1
-    if config.maxnreg is None and (sums or gates or call.shortcut or call.pool):
+    if config.maxnreg is None and (sums or gates or call.shortcut or call.pool or call.shuffles):
         return with_all_registers(config)
     return config
 
@@ -378,14 +407,15 @@ def config_for(call: ConvCall, flags: dict[str, object]) -> Config:
 @functools.lru_cache(maxsize=256)
 def with_all_registers(config: Config) -> Config:
     """The config without a bound on its registers: left to itself, ptxas spills what is needed beside the
-    accumulator (for sums, gates, a shortcut, a pool; in small tiles for anything), to fit one more block."""
+    accumulator (sums, gates, a shortcut, a pool, a tile to shuffle with; in small tiles anything), to fit one
+    more block."""
     return config.replace(maxnreg=255)
 
 
 def addressing(call: ConvCall, flags: dict[str, object]) -> tuple[bool, bool]:
     """What ``suits`` asks of a call: (vectors, crowded)."""
     vectors = flags["VECTOR_X"] > 1 and flags["VECTOR_WEIGHT"] > 1
-    scattered = call.residual is not None and not flags["DENSE_RESIDUAL"]
+    scattered = call.residual is not None and not (flags["DENSE_RESIDUAL"] or call.shuffles)
     more = call.prologue is not None or call.shortcut is not None
     return vectors, flags["WIDE"] or scattered or more
 
@@ -548,6 +578,7 @@ def representative(
     prologue: str | None = None,
     shortcut: tuple[int, int] | None = None,
     pool: Pool | None = None,
+    passes: str | None = None,
 ) -> RepresentativeCall:
     """A call with BN on meta tensors, x [N, C, H, W] under filters (K, R, S), for ``representative_calls``.
 
@@ -555,7 +586,8 @@ def representative(
     that ``run`` runs, if it is not ``kernel_of`` the shape; candidates: its configs, if they are in no table.
     statistics: a call of training instead, which writes those of y; prologue: the activation that is
     applied to BN of x, if any; shortcut: (channels, stride) of the convolution that is added, if any; pool:
-    of the result, if any.
+    of the result, if any; passes: of what the result is shuffled with, if anything, whether it is a "slice"
+    or "whole".
     """
 
     def thunk(config: Config | None = None) -> torch.Tensor:
@@ -589,6 +621,9 @@ def representative(
         )
         if pool is not None:
             call = dataclasses.replace(call, shape=pool.covered(call.shape), pool=pool)
+        if passes is not None:
+            other = tensor(x[0], 2 * K if passes == "slice" else K, P, Q)[:, :K]
+            call = dataclasses.replace(call, residual=other, shuffles=True)
         device = current_device(image)
         products = products_of(image.element_size(), precision, device)
         table = kernel or kernel_of(call.shape)

@@ -208,6 +208,8 @@ class ConvCall:
     """With one, ``shape`` is what it covers."""
     out: torch.Tensor | None = None
     """Where y goes instead of memory of its own: see ``pitch``."""
+    shuffles: bool = False
+    """Whether the residual is not added: its channels and the result's take turns in y, which has 2K."""
     statistics: bool = False
     """Whether the statistics of y are asked for."""
     plans: dict[tuple, Any] = field(default_factory=dict)
@@ -220,7 +222,7 @@ class ConvCall:
             make, self.config, self.activation, self.precision, self.statistics,
             before if before is None else before.activation,
             None if self.shortcut is None else self.shortcut.layout, self.pool, self.pitch,
-            current_device(self.x),
+            self.residual.stride() if self.shuffles else None, current_device(self.x),
         )  # fmt: skip
         plan = self.plans.get(key)
         if plan is None:
@@ -233,11 +235,14 @@ class ConvCall:
         return self.shape.K if self.out is None else pixel_pitch(self.out.shape, self.out.stride())
 
     def empty_output(self) -> torch.Tensor:
-        """y [N, K, P, Q], pooled or not, of x's dtype and device: ``out``, or else dense channels-last."""
+        """y [N, K or 2K, P, Q], pooled or not, of x's dtype and device: ``out``, or else dense
+        channels-last."""
         if self.out is not None:
             return self.out
         shape = self.shape
         N, K, (P, Q) = shape.N, shape.K, (self.pool or NO_POOL).of(shape.P, shape.Q)
+        if self.shuffles:
+            K *= 2
         strides = (K * P * Q, 1, K * Q, K)
         return torch.empty_strided((N, K, P, Q), strides, dtype=self.x.dtype, device=self.x.device)
 

@@ -5,7 +5,8 @@ The epilogue, on the fp32 accumulator and before the one rounding, with every te
     y[m, k] = act((acc[m, k] + bias[k] - mean[k]) · gamma[k] / √(var[k] + eps) + beta[k] + residual[m, k])
 
 This is eager's act(bn(conv(x) + bias) + residual). BN's own four vectors are read, so nothing folded can go
-stale. The mean is subtracted before scaling: folded into beta it would cancel where it is large.
+stale. The mean is subtracted before scaling: folded into beta it would cancel where it is large. Or nothing
+is added: the residual's channels and the result's take turns, the channel shuffle of both (ShuffleNet v2).
 
 Where successive rows are the pixels of one window of a pooling, their maximum or mean alone is stored.
 
@@ -144,6 +145,7 @@ def finish_tile(
     acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
     HALVES: tl.constexpr, statistics=None, POOL: tl.constexpr = 1, MAXIMUM: tl.constexpr = True,
+    INTERLEAVED: tl.constexpr = 0,
 ):  # fmt: skip
     """The epilogue of acc [BLOCK_M, BLOCK_N], stored to y, a row-major [M, y_pitch].
 
@@ -154,6 +156,8 @@ def finish_tile(
     None, its strides n, k, p, q, P, Q); DENSE_RESIDUAL where it lies as y does. HALVES: finish the left half
     of the columns before the right, which takes half the registers beside the accumulator. statistics: None,
     or (pointers mean, m2 [T, y_pitch] and count [T]; this row tile's number among T; rows in all).
+    INTERLEAVED: unless 0, the residual is not added: its columns and these take turns, in a y of twice as
+    many, [M, 2 * y_pitch]. Its rows are runs of columns, stride q apart, which is a multiple of that number.
     """
     if HALVES:
         BLOCK_M: tl.constexpr = acc.shape[0]
@@ -161,16 +165,17 @@ def finish_tile(
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         finish_columns(
             left, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
-            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics, POOL, MAXIMUM,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics, POOL, MAXIMUM, INTERLEAVED,
         )  # fmt: skip
         finish_columns(
             right, m, inside_m, first_k + BLOCK_N // 2, K, channel, y, y_pitch, vectors, eps, residual,
             negative_slope, VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics, POOL, MAXIMUM,
+            INTERLEAVED,
         )  # fmt: skip
     else:
         finish_columns(
             acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
-            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics, POOL, MAXIMUM,
+            VECTOR_Y, DENSE_RESIDUAL, ACTIVATION, INDEX, statistics, POOL, MAXIMUM, INTERLEAVED,
         )  # fmt: skip
 
 
@@ -194,7 +199,7 @@ def pooled(acc, POOL: tl.constexpr, MAXIMUM: tl.constexpr):
 def finish_columns(
     acc, m, inside_m, first_k, K, channel, y, y_pitch, vectors, eps, residual, negative_slope,
     VECTOR_Y: tl.constexpr, DENSE_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
-    statistics, POOL: tl.constexpr, MAXIMUM: tl.constexpr,
+    statistics, POOL: tl.constexpr, MAXIMUM: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     k = first_k + tl.arange(0, acc.shape[1])
     inside_k = k < K
@@ -204,7 +209,7 @@ def finish_columns(
 
     acc = normalized_sums(acc, k, inside_k, vectors, eps)
     added, residual_n, residual_k, residual_p, residual_q, P, Q = residual
-    if added is not None:
+    if added is not None and INTERLEAVED == 0:
         if DENSE_RESIDUAL:
             acc += tl.load(added + offsets, mask=inside, other=0.0).to(tl.float32)
         else:
@@ -215,9 +220,16 @@ def finish_columns(
     if POOL > 1:
         tl.static_assert(added is None and statistics is None, "neither is of windows")
         acc = pooled(acc, POOL, MAXIMUM)
-    y_pointers = y + offsets
     stored = acc.to(y.dtype.element_ty)
-    tl.store(y_pointers, stored, mask=inside)
+    if INTERLEAVED > 0:
+        tl.static_assert(statistics is None, "statistics are of a convolution's own columns")
+        passes_at = (m * aligned(residual_q, INTERLEAVED, INDEX))[:, None] + k[None, :]
+        passed = tl.load(added + passes_at, mask=inside, other=0.0)
+        columns = 2 * first_k + tl.arange(0, 2 * acc.shape[1])
+        inside = inside_m[:, None] & (columns < 2 * K)[None, :]
+        offsets = (m * (2 * y_pitch))[:, None] + (2 * channel + columns).to(INDEX)[None, :]
+        stored = tl.interleave(passed, stored)
+    tl.store(y + offsets, stored, mask=inside)
 
     if statistics is not None:
         mean, m2, count, tile, M = statistics
