@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastnets.kernels.attention_configs import Kind
-from fastnets.kernels.attention_problem import UNBOUNDED, Options, power_of_two
+from fastnets.kernels.attention_problem import UNBOUNDED, Kind, Options, power_of_two
 from fastnets.kernels.launch import Config, UnsupportedConfig
 
 __all__ = ["AttentionCall", "attention_calls", "check_config"]

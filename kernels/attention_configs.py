@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from fastnets.kernels.attention_problem import Kind
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config
 
 __all__ = [
-    "Kind",
     "backward_config",
     "backward_configs",
     "backward_configs_for",
@@ -87,15 +87,6 @@ _BACKWARD_FP32 = {
     64: _backward(32, 32, 32, 32, 4, 1),
     128: _backward(16, 16, 16, 16, 8, 1),
 }
-
-
-class Kind(NamedTuple):
-    """What a call keeps in registers beside its tiles."""
-
-    dropout: bool = False
-    terms: bool = False  # a mask, bias, ALiBi or soft-capping
-    grouped: bool = False  # several heads to a key head: one loop more around the backward's
-    packed: bool = False
 
 
 ANY = Kind()

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastnets.kernels.attention_configs import Kind
 from fastnets.kernels.device import Device, current_device
 
 __all__ = [
     "UNBOUNDED",
+    "Kind",
     "Options",
     "Problem",
     "attention_problem",
@@ -44,6 +44,15 @@ class Options(NamedTuple):
     bottom_right: bool = False
     softcap: float = 0.0
     dropout_p: float = 0.0
+
+
+class Kind(NamedTuple):
+    """What a call keeps in registers beside its tiles."""
+
+    dropout: bool = False
+    terms: bool = False  # a mask, bias, ALiBi or soft-capping
+    grouped: bool = False  # several heads to a key head: one loop more around the backward's
+    packed: bool = False
 
 
 class Problem:
