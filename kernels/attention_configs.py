@@ -110,6 +110,7 @@ _FORWARD_WITH_TERMS = {
     64: _forward(64, 64, 4, 3),
     128: _forward(64, 32, 4, 2),
 }
+_FORWARD_WITH_DROPOUT = {**_FORWARD_WITH_TERMS, 64: _forward(64, 32, 4, 3), 128: _forward(64, 32, 8, 2)}
 _BACKWARD_WITH_DROPOUT = (
     (Kind(dropout=True, grouped=True), {128: _backward(32, 32, 32, 32, 8, 1)}),
     (
@@ -124,10 +125,9 @@ _BACKWARD_WITH_DROPOUT = (
 )
 _SM80 = _Tables(
     forward_of=(
-        (Kind(dropout=True, packed=True), {64: _forward(64, 32, 4, 3)}),
-        (DROPOUT, _FORWARD_WITH_TERMS),
+        (DROPOUT, _FORWARD_WITH_DROPOUT),
         (TERMS, _FORWARD_WITH_TERMS),
-        (PACKED, {64: _forward(128, 64, 4, 2)}),
+        (PACKED, {64: _forward(128, 32, 4, 3)}),
     ),
     forward=_FORWARD,
     backward_of=(
@@ -140,7 +140,7 @@ _SM80 = _Tables(
     backward=_BACKWARD,
 )
 _SM90 = _Tables(
-    forward_of=((DROPOUT, _FORWARD_WITH_TERMS), (TERMS, _FORWARD_WITH_TERMS)),
+    forward_of=((DROPOUT, _FORWARD_WITH_DROPOUT), (TERMS, _FORWARD_WITH_TERMS)),
     forward=_FORWARD_SM90,
     backward_of=(
         *_BACKWARD_WITH_DROPOUT,
