@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fastnets.kernels.attention_problem import Kind
+from fastnets.kernels.conv_configs import with_all_registers
 from fastnets.kernels.device import Device
 from fastnets.kernels.launch import Config
 
@@ -39,18 +40,13 @@ def _backward(n: int, step_m: int, m: int, step_n: int, warps: int, stages: int)
     return Config(BLOCK_N=n, STEP_M=step_m, BLOCK_M=m, STEP_N=step_n, num_warps=warps, num_stages=stages)
 
 
-def _with_all_registers(config: Config) -> Config:
-    """To fit one more block ptxas would spill some of them."""
-    return config.replace(maxnreg=255)
-
-
 def _by_length(short: Config, long: Config) -> tuple:
     return (64, short), (None, long)
 
 
 # By padded head dim: (the most queries, config), the first that fits. Two-byte dtypes, those on sm_90, fp32.
 _FORWARD = {
-    16: _by_length(_forward(64, 64, 4, 3), _with_all_registers(_forward(128, 64, 4, 3))),
+    16: _by_length(_forward(64, 64, 4, 3), with_all_registers(_forward(128, 64, 4, 3))),
     32: _by_length(_forward(64, 64, 4, 3), _forward(128, 64, 4, 3)),
     64: _by_length(_forward(64, 64, 4, 3), _forward(128, 64, 4, 3)),
     128: _by_length(_forward(64, 64, 4, 2), _forward(128, 64, 8, 2)),
@@ -157,7 +153,7 @@ _SM90 = _Tables(
     ),
     backward=_BACKWARD_SM90,
 )
-_WITH_TERMS_FP32 = {64: _with_all_registers(_forward(32, 32, 4, 2)), 128: _forward(16, 16, 8, 1)}
+_WITH_TERMS_FP32 = {64: with_all_registers(_forward(32, 32, 4, 2)), 128: _forward(16, 16, 8, 1)}
 _BACKWARD_WITH_TERMS_FP32 = {64: _backward(16, 32, 32, 16, 4, 1)}
 _FP32 = _Tables(
     forward_of=(
